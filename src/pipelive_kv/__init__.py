@@ -1,0 +1,1 @@
+"""A KV-cache and migration runtime: layers move between pipeline stages while tokens flow."""
