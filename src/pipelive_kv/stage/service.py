@@ -148,7 +148,7 @@ class StageService:
         return weights.layer_bytes(layer) if weights is not None else 0
 
     def _admit(self, request: Admit) -> Admitted:
-        """The budget rule: what the union's weights leave of the budget holds the union's blocks."""
+        """The budget rule: what the union's weights leave of the budget holds its blocks."""
         stage = self._stage
         target = Placement(request.stages)
         whole_stacks([target], stage.pool.stack)
