@@ -122,6 +122,15 @@ std::uint64_t HostDevice::resident_file_bytes() const {
   return static_cast<std::uint64_t>(status.st_blocks) * 512;
 }
 
+// A forked child shares the file with its parent, but not what this object knows of it: a page that
+// one of them destroys or hands out would be taken from under the other.
+void HostDevice::check_process(const char* call) const {
+  if (::getpid() != process_) {
+    throw Error(ErrorCode::device, std::string(call) + ": the memory belongs to process " +
+                                       std::to_string(process_) + ", this is a fork of it");
+  }
+}
+
 void HostDevice::check_page_bytes(std::size_t page_bytes) const {
   if (page_bytes == 0 || page_bytes % info_.page_granularity != 0) {
     fail("page_bytes is " + std::to_string(page_bytes) + ", expected a positive multiple of " +
@@ -174,6 +183,7 @@ void HostDevice::release(std::byte* address, std::size_t bytes) noexcept {
 
 std::vector<PageHandle> HostDevice::create_pages(std::size_t page_bytes, std::size_t count) {
   check_page_bytes(page_bytes);
+  check_process("create_pages");
   check_memory(page_bytes, count);
   std::vector<PageHandle> pages;
   pages.reserve(count);
@@ -246,6 +256,7 @@ void HostDevice::give_extent(std::uint64_t offset, std::uint64_t bytes) {
 
 void HostDevice::destroy_pages(std::size_t page_bytes, std::span<const PageHandle> pages) {
   check_page_bytes(page_bytes);
+  check_process("destroy_pages");
   std::vector<PageHandle> sorted(pages.begin(), pages.end());
   std::sort(sorted.begin(), sorted.end());
   for (std::size_t i = 1; i < sorted.size(); ++i) {

@@ -1,5 +1,7 @@
 #include "pipelive/memory/page_pool.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
 #include <functional>
@@ -77,11 +79,15 @@ std::shared_ptr<PagePool> PagePool::create(std::shared_ptr<Device> device,
 PagePool::PagePool(std::shared_ptr<Device> device, const PagePoolOptions& options)
     : device_(std::move(device)),
       page_bytes_(options.page_bytes),
-      budget_(options.budget_bytes / options.page_bytes) {}
+      budget_(options.budget_bytes / options.page_bytes),
+      process_(::getpid()) {}
 
 PagePool::~PagePool() {
   close();
   if (window_ != nullptr) device_->release(window_, page_bytes_);
+  // The thread, which a forked child does not have, still counts as waiting there; to destroy a
+  // condition variable is to wait for who waits on it.
+  if (::getpid() != process_) static_cast<void>(changed_.release());
 }
 
 PagePoolStats PagePool::stats() const {
@@ -142,7 +148,7 @@ PageLease PagePool::take(std::size_t count, Prefer prefer) {
     missing = count - std::min(count, free_locked());
     if (used_ + busy_ + count <= budget_ || missing == 0) break;
     // The rest of the budget is in the background thread's hands for a moment.
-    if (changed_.wait_until(lock, deadline.at()) == std::cv_status::timeout) {
+    if (changed_->wait_until(lock, deadline.at()) == std::cv_status::timeout) {
       throw Error(ErrorCode::timeout,
                   "the thread that prepares pages kept " + std::to_string(busy_) + " pages for " +
                       std::to_string(static_cast<int>(kBusyPagesSeconds)) + " seconds");
@@ -178,7 +184,7 @@ PageLease PagePool::take(std::size_t count, Prefer prefer) {
       used_ -= count;
       for (const auto& [page, dirty] : drawn) (dirty ? dirty_ : clean_).push_back(page);
       unsorted_ = true;
-      changed_.notify_all();
+      changed_->notify_all();
       throw;
     }
     lock.lock();
@@ -186,7 +192,7 @@ PageLease PagePool::take(std::size_t count, Prefer prefer) {
   }
   reused_ += count - missing;
   note_peaks_locked();
-  if (wanted_ > 0) changed_.notify_all();
+  if (wanted_ > 0) changed_->notify_all();
   lock.unlock();
   std::sort(drawn.begin(), drawn.end());
   for (const auto& [page, dirty] : drawn) {
@@ -206,7 +212,7 @@ void PagePool::give_back(std::span<const PageHandle> pages,
   used_ -= pages.size();
   unsorted_ = true;
   stalled_ = false;
-  changed_.notify_all();
+  changed_->notify_all();
   if (!closed_) return;
   lock.unlock();
   try {
@@ -247,12 +253,12 @@ std::uint64_t PagePool::trim(std::uint64_t keep_bytes) {
                   gone.begin() + static_cast<std::ptrdiff_t>(dirty_gone));
     clean_.insert(clean_.end(), gone.begin() + static_cast<std::ptrdiff_t>(dirty_gone), gone.end());
     unsorted_ = true;
-    changed_.notify_all();
+    changed_->notify_all();
     throw;
   }
   lock.lock();
   busy_ -= count;
-  changed_.notify_all();
+  changed_->notify_all();
   return count * page_bytes_;
 }
 
@@ -266,7 +272,7 @@ void PagePool::prepare(std::size_t count) {
   wanted_ = count;
   stalled_ = false;
   if (wanted_ > 0 && !thread_.joinable()) thread_ = std::thread([this] { work(); });
-  changed_.notify_all();
+  changed_->notify_all();
 }
 
 void PagePool::wait_prepared(Deadline deadline) {
@@ -275,7 +281,7 @@ void PagePool::wait_prepared(Deadline deadline) {
     const bool can = dirty_.empty() && held_locked() >= budget_;
     return closed_ || stalled_ || clean_.size() >= wanted_ || (can && busy_ == 0);
   };
-  if (!changed_.wait_until(lock, deadline.at(), idle)) {
+  if (!changed_->wait_until(lock, deadline.at(), idle)) {
     throw Error(ErrorCode::timeout, "pages to prepare: " + std::to_string(clean_.size()) + " of " +
                                         std::to_string(wanted_) + " are ready");
   }
@@ -284,7 +290,7 @@ void PagePool::wait_prepared(Deadline deadline) {
 void PagePool::work() {
   std::unique_lock lock(mutex_);
   while (!closed_) {
-    if (stalled_ || !work_once(lock)) changed_.wait(lock);
+    if (stalled_ || !work_once(lock)) changed_->wait(lock);
   }
 }
 
@@ -333,7 +339,7 @@ bool PagePool::work_once(std::unique_lock<std::mutex>& lock) {
     ++prepare_failures_;
   }
   unsorted_ = true;
-  changed_.notify_all();
+  changed_->notify_all();
   return true;
 }
 
@@ -359,9 +365,16 @@ void PagePool::close() {
     closed_ = true;
     wanted_ = 0;
     thread.swap(thread_);
-    changed_.notify_all();
+    changed_->notify_all();
   }
-  if (thread.joinable()) thread.join();
+  if (thread.joinable()) {
+    // A forked child has the object, but not the thread: there is nothing to wait for.
+    if (::getpid() == process_) {
+      thread.join();
+    } else {
+      thread.detach();
+    }
+  }
   try {
     trim(0);
   } catch (const std::exception&) {

@@ -1,6 +1,8 @@
 #include "pipelive/memory/page_pool.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <set>
 #include <thread>
@@ -199,6 +201,30 @@ TEST_F(PagePoolTest, ALeaseOutlivesTheHandleOfItsPool) {
   EXPECT_EQ(host_->usage().page_bytes, 2 * kPage);
   lease.give_back();
   EXPECT_EQ(host_->usage().page_bytes, 0u);
+}
+
+TEST_F(PagePoolTest, AForkedChildLeavesItsParentsPagesAlone) {
+  auto pool = make(8, 2);
+  pool->wait_prepared(soon());
+  auto arena = std::make_unique<Arena>(pool, 4 * kPage);
+  arena->map(0, 4 * kPage);
+  pool->wait_prepared(soon());
+  arena->base()[0] = std::byte{5};
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    // Its destructors must neither hang nor punch holes into the shared file.
+    const bool refused =
+        testing::code_of([&] { (void)pool->take(4); }) == static_cast<int>(ErrorCode::device);
+    arena.reset();
+    pool.reset();
+    ::_exit(refused ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  EXPECT_EQ(arena->base()[0], std::byte{5});
+  EXPECT_EQ(host_->resident_file_bytes(), pool->stats().held_bytes);
 }
 
 TEST_F(PagePoolTest, ThreadsShareTheBudget) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <map>
 #include <mutex>
 
@@ -13,6 +15,9 @@ namespace pipelive {
 ///
 /// Linux limits the number of mappings of a process (vm.max_map_count, 65,530). Neighbouring pages
 /// mapped side by side count as one, so create_pages hands out runs, lowest offsets first.
+///
+/// A forked child sees the pages that were mapped, and shares them with its parent; it cannot
+/// create or destroy any.
 class HostDevice final : public Device {
  public:
   /// Throws Error(device) where the system has no memfd.
@@ -49,6 +54,7 @@ class HostDevice final : public Device {
   };
 
   void check_page_bytes(std::size_t page_bytes) const;
+  void check_process(const char* call) const;
   /// The reservation that contains the range, and the range's offset in it.
   std::pair<Reservation*, std::size_t> find(std::byte* address, std::size_t bytes,
                                             const char* call);
@@ -57,6 +63,7 @@ class HostDevice final : public Device {
 
   DeviceInfo info_;
   UniqueFd file_;
+  const pid_t process_ = ::getpid();
   mutable std::mutex mutex_;  ///< guards everything below
   std::map<std::byte*, Reservation> reservations_;
   std::map<std::uint64_t, std::uint64_t> free_extents_;  ///< offset -> bytes, never adjacent

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -124,9 +126,11 @@ class PagePool : public std::enable_shared_from_this<PagePool> {
   const std::shared_ptr<Device> device_;
   const std::size_t page_bytes_;
   const std::uint64_t budget_;  ///< in pages
+  const pid_t process_;
 
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  // On the heap so that a forked child can leave it alone, see the destructor.
+  std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
   std::size_t used_ = 0;  ///< in leases, or being created for one
   std::size_t busy_ = 0;  ///< being created, scrubbed or destroyed by somebody, without the lock
   // Sorted downwards, so that the lowest handles are taken from the back. Their capacity always
