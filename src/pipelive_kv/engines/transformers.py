@@ -205,7 +205,8 @@ class TransformersStage:
         norm = getattr(self._parts.base, self._parts.norm_name)
         setattr(self._parts.base, self._parts.norm_name, nn.Identity())
         self._check_transparent()
-        setattr(self._parts.base, self._parts.norm_name, norm)
+        if self.is_last:
+            setattr(self._parts.base, self._parts.norm_name, norm)
         self._load_ends(weights)
 
     # -- engine hooks ------------------------------------------------------------------------

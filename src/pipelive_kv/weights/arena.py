@@ -47,7 +47,7 @@ class WeightArena:
 
     Args:
         page_pool: where pages come from; its budget bounds what can be held.
-        layouts: a `WeightSource`, or the layout of every layer.
+        layouts: a `WeightSource` to load from, or the layout of every layer.
         num_layers: layers of the model.
 
     Raises:
@@ -80,6 +80,7 @@ class WeightArena:
             self._starts.append(end)
             end += -(-size // page) * page
         self._ends = [*self._starts[1:], end]
+        self._source = None if isinstance(layouts, Sequence) else layouts
         self._arena = Arena(page_pool, max(end, page))
         self._held: set[int] = set()
         self._lock = threading.Lock()
@@ -136,18 +137,18 @@ class WeightArena:
                 self._arena.unmap(self._starts[layer], self.layer_bytes(layer))
             self._held.discard(layer)
 
-    def load(self, layer: int, source: WeightSource) -> None:
-        """Map a layer and fill it from `source`; on failure it is not held.
+    def load(self, layer: int) -> None:
+        """Fill a held layer from the source that the arena was made with.
+
+        Different layers may be loaded by different threads at once.
 
         Raises:
-            WeightsError, OverBudgetError, OutOfMemoryError: as `add` and `WeightSource.load`.
+            WeightsError: as `WeightSource.load`, or if there is no source; what the layer's memory
+                holds is undefined then.
         """
-        self.add(layer)
-        try:
-            source.load(layer, self.tensors(layer))
-        except BaseException:
-            self.drop(layer)
-            raise
+        if self._source is None:
+            raise WeightsError(f"layer {layer}: the arena was made without a source to load from")
+        self._source.load(layer, self.tensors(layer))
 
     def tensors(self, layer: int) -> dict[str, WeightTensor]:
         """Return views of a held layer's tensors, by name; nothing is copied."""
