@@ -112,8 +112,8 @@ class Scheduler:
     2. sends the stamp along with the step's message to every stage;
     3. :meth:`retired` when the step's results are back, :meth:`freed` when a request has ended.
 
-    When it has nothing to run but :attr:`wants_step` is true, it runs a step without tokens, so that
-    a reconfiguration also completes while the engine is idle.
+    When it has nothing to run but :attr:`wants_step` is true, it runs a step without tokens, so
+    that a reconfiguration also completes while the engine is idle.
 
     Args:
         placement: the placement of the first step.

@@ -215,7 +215,7 @@ class _Reconfiguration:
         self._job = job
         self._target = target
         self._options = options
-        self._held = False
+        self._resize = 0
         self.epoch = -1
 
     # planned: who is there, what is there, is the wish a possible one
@@ -235,9 +235,7 @@ class _Reconfiguration:
                 )
             whole_stacks([self._target], info.stack)
         moves = tuple(current.moves_to(self._target))
-        self.epoch = 1 + max(
-            scheduler.newest_epoch, scheduler.epoch, self._record.newest_epoch()
-        )
+        self.epoch = 1 + max(scheduler.newest_epoch, scheduler.epoch, self._record.newest_epoch())
         self._stages = self._target.stages
         self._report = Report(
             self.epoch,
@@ -253,6 +251,10 @@ class _Reconfiguration:
 
     def until_decided(self) -> None:
         """All phases that can still be taken back, and the decision."""
+        with self._to.checking(self._job.rest):
+            self._prepare_switchover()
+
+    def _prepare_switchover(self) -> None:
         self._admit()
         self._stage()
         self._patch()
@@ -277,9 +279,8 @@ class _Reconfiguration:
         if during < report.capacity_before:
             resized = to.scheduler(Shrink(during, job.rest()), Resized, job.rest())
             report.capacity_during, report.blocks_moved = resized.capacity, resized.moved
-            to.all(
-                lambda _: AwaitResize(resized.resize, job.rest()), Done, job.rest()
-            )
+            self._resize = resized.resize
+            to.all(lambda _: AwaitResize(resized.resize, job.rest()), Done, job.rest())
 
     # staging: room, connections, the bulk of the KV and the weights
 
@@ -309,7 +310,6 @@ class _Reconfiguration:
             if options.weights_from == "source":
                 self._load_weights()
             to.scheduler(Hold(self.epoch, job.rest()), Done, job.rest())
-            self._held = True
         to.all(
             lambda rank: Connect(
                 self.epoch,
@@ -400,7 +400,7 @@ class _Reconfiguration:
     def _grow(self, capacity: int) -> None:
         timeout = self._job.rest_after_decision()
         if capacity > self._report.capacity_during:
-            self._to.all(lambda _: Grow(capacity, timeout), Done, timeout)
+            self._to.all(lambda _: Grow(capacity, self._resize, timeout), Done, timeout)
             self._to.scheduler(RaiseCapacity(capacity), Done, timeout)
         self._report.capacity_after = capacity
 
@@ -420,7 +420,9 @@ class _Reconfiguration:
         problems += to.try_scheduler(Settle(self.epoch, commit=False), Done, _ABORT_TIMEOUT)
         if report.capacity_during < report.capacity_before and not problems:
             capacity = report.capacity_before
-            problems += to.try_all(lambda _: Grow(capacity, _ABORT_TIMEOUT), Done, _ABORT_TIMEOUT)
+            problems += to.try_all(
+                lambda _: Grow(capacity, self._resize, _ABORT_TIMEOUT), Done, _ABORT_TIMEOUT
+            )
             if not problems:
                 problems += to.try_scheduler(RaiseCapacity(capacity), Done, _ABORT_TIMEOUT)
         for problem in problems:

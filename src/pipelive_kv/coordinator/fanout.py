@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelive_kv.control import ControlServer
@@ -19,6 +20,16 @@ class Fanout:
     def __init__(self, server: ControlServer, stages: tuple[str, ...]) -> None:
         self.server = server
         self.stages = stages
+        self._check: Callable[[], object] | None = None
+
+    @contextmanager
+    def checking(self, check: Callable[[], object]) -> Iterator[None]:
+        """Have ``check`` called now and then while answers are awaited; it may raise."""
+        self._check = check
+        try:
+            yield
+        finally:
+            self._check = None
 
     def all(
         self, request: Callable[[int], Request], kind: type[_A], timeout: float
@@ -37,7 +48,8 @@ class Fanout:
 
     def scheduler(self, request: Request, kind: type[_A], timeout: float) -> _A:
         """Ask the scheduler."""
-        return self.server.call("scheduler", request, kind, timeout)
+        future = self.server.start("scheduler", request)
+        return self.server.finish("scheduler", request, future, kind, timeout, self._check)
 
     def try_scheduler(
         self, request: Request, kind: type[_A], timeout: float
@@ -62,7 +74,7 @@ class Fanout:
         for name, body, future in sent:
             try:
                 rest = end - time.monotonic()
-                answers.append(self.server.finish(name, body, future, kind, rest))
+                answers.append(self.server.finish(name, body, future, kind, rest, self._check))
             except PipeliveError as error:
                 errors.append(error)
         return answers, errors

@@ -34,8 +34,8 @@ class LayerWeights(Protocol):
 class EngineHooks:
     """What the engine does when its layers change. Every method may be left as it is.
 
-    ``prepare``, ``warmup``, ``discard`` and ``retire`` run in a background thread while steps go on;
-    ``activate`` runs in the engine's own thread, between two steps.
+    ``prepare``, ``warmup``, ``discard`` and ``retire`` run in a background thread while steps go
+    on; ``activate`` runs in the engine's own thread, between two steps.
     """
 
     def prepare(self, layers: Sequence[int], arena: LayerWeights | None) -> None:

@@ -62,11 +62,7 @@ class StageService:
             case Admit():
                 return self._admit(request)
             case AwaitResize():
-                self._stage.wait_until(
-                    lambda: self._stage.resize >= request.resize,
-                    request.timeout,
-                    f"the step that carries resize {request.resize}",
-                )
+                self._await_resize(request.resize, request.timeout)
                 return Done()
             case Prepare():
                 return self._prepare(request)
@@ -88,6 +84,7 @@ class StageService:
             case Release():
                 return self._release(request)
             case Grow():
+                self._await_resize(request.resize, request.timeout)
                 self._stage.pool.grow(request.capacity)
                 return Done()
             case Abort():
@@ -103,6 +100,11 @@ class StageService:
                 f"stage {self._stage.pp_rank} takes part in {running}, not in epoch {epoch}"
             )
         return session
+
+    def _await_resize(self, resize: int, timeout: float) -> None:
+        self._stage.wait_until(
+            lambda: self._stage.resize >= resize, timeout, f"the step that carries resize {resize}"
+        )
 
     def _describe(self) -> StageInfo:
         stage = self._stage
@@ -146,7 +148,7 @@ class StageService:
         return weights.layer_bytes(layer) if weights is not None else 0
 
     def _admit(self, request: Admit) -> Admitted:
-        """The budget rule: what is left beside the weights of the union holds the union's blocks."""
+        """The budget rule: what the union's weights leave of the budget holds its blocks."""
         stage = self._stage
         target = Placement(request.stages)
         whole_stacks([target], stage.pool.stack)
@@ -195,9 +197,7 @@ class StageService:
             verify=request.verify,
             ends_at=ends_at,
         )
-        session = StageSession(
-            request.epoch, stage.pp_rank, stage.placement, placement, target
-        )
+        session = StageSession(request.epoch, stage.pp_rank, stage.placement, placement, target)
         stage.open_session(session)
         try:
             target.make_room()
@@ -210,7 +210,12 @@ class StageService:
         return Prepared(tuple(incoming.address for incoming in target.incoming))
 
     def _listen(
-        self, epoch: int, source: int, layers: tuple[int, ...], target: TargetSession, ends_at: float
+        self,
+        epoch: int,
+        source: int,
+        layers: tuple[int, ...],
+        target: TargetSession,
+        ends_at: float,
     ) -> Incoming:
         stage = self._stage
         views = {layer: stage.pool.layer(layer) for layer in layers}

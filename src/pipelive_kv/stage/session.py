@@ -21,9 +21,7 @@ class StageSession:
         self.rank = rank
         self.placement = placement
         self.lost = tuple(
-            layer
-            for layer in old.layers_of(rank)
-            if layer not in set(placement.layers_of(rank))
+            layer for layer in old.layers_of(rank) if layer not in set(placement.layers_of(rank))
         )
         self.target = target
         self.source: SourceSession | None = None

@@ -233,8 +233,8 @@ class Stage:
         session = self._session
         if session is None or session.epoch != stamp.epoch or not session.armed:
             raise ProtocolError(
-                f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} is not "
-                f"armed; it runs epoch {self._epoch}"
+                f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} is "
+                f"not armed; it runs epoch {self._epoch}"
             )
         session.switch(stamp.seq)
         self.hooks.activate(session.placement)

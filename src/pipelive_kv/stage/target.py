@@ -175,7 +175,7 @@ class TargetSession:
             self._source_of[layer] = incoming
 
     def regions(self, layers: Sequence[int]) -> Mapping[int, Any]:
-        """Where weights from the source stage land, per layer; empty if they come from elsewhere."""
+        """Where weights from the source stage land, per layer; empty if they come otherwise."""
         if self.weights_from != "peer" or self._weights is None:
             return {}
         return {layer: self._weights.region(layer) for layer in layers}
