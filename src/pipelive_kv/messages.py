@@ -212,9 +212,10 @@ class Release(Body, frozen=True):
 
 
 class Grow(Body, frozen=True):
-    """Raise the number of resident blocks to ``capacity``."""
+    """Raise the number of resident blocks to ``capacity``, after resize number ``resize``."""
 
     capacity: int
+    resize: int
     timeout: float
 
 

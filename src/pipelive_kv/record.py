@@ -104,7 +104,7 @@ class FileDecisionRecord:
             return None
         try:
             decision = msgspec.json.decode(content, type=Decision)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CorruptError(f"decision record {path} cannot be read: {error}") from error
         if decision.epoch != epoch:
             raise CorruptError(

@@ -1,4 +1,4 @@
-"""The control plane: authenticated request and reply between the coordinator and its participants."""
+"""The control plane: authenticated requests from the coordinator to its participants."""
 
 from pipelive_kv.control.client import ControlClient
 from pipelive_kv.control.endpoint import ControlEndpoint, ControlKey

@@ -24,8 +24,8 @@ _WORKERS = 6
 class ControlClient:
     """Connects to the coordinator, whether it is there yet or not, and answers its requests.
 
-    ``handle`` is called with each request in a worker thread; what it returns is the answer, what it
-    raises is raised again at the coordinator. It never runs in the engine's thread.
+    ``handle`` is called with each request in a worker thread, never in the engine's; what it
+    returns is the answer, what it raises is raised again at the coordinator.
     """
 
     def __init__(

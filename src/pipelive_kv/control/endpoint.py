@@ -81,8 +81,11 @@ class ControlKey:
             raise InvalidArgumentError(f"the content is not a control key: {error}") from error
         z85 = (data.server_public, data.server_secret, data.client_public, data.client_secret)
         if any(len(part) != 40 for part in z85) or len(patch_secret) != 32:
-            raise InvalidArgumentError("the content is not a control key: a part is of wrong length")
-        return cls(*(part.encode() for part in z85), patch_secret)
+            raise InvalidArgumentError(
+                "the content is not a control key: a part is of wrong length"
+            )
+        server_public, server_secret, client_public, client_secret = (p.encode() for p in z85)
+        return cls(server_public, server_secret, client_public, client_secret, patch_secret)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the key to a new file that only its owner can read."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ from pipelive_kv.messages import Answer, Request
 
 _log = logging.getLogger(__name__)
 _A = TypeVar("_A")
+
+_CHECK_EVERY = 0.05
+"""Seconds between two looks at whether the caller still wants the answer."""
 
 
 class _OnlyOurClients:
@@ -78,7 +82,7 @@ class ControlServer:
             # A participant that was restarted under its name takes the place of the old one.
             router.router_handover = True
             router.bind(endpoint.address)
-            self._bound = router.last_endpoint.decode().rstrip("\0")
+            self._bound = str(router.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
         except zmq.ZMQError as error:
             router.close(linger=0)
             raise ClosedError(
@@ -123,23 +127,32 @@ class ControlServer:
         return future
 
     def finish(
-        self, name: str, body: Request, future: Future[Answer], kind: type[_A], timeout: float
+        self,
+        name: str,
+        body: Request,
+        future: Future[Answer],
+        kind: type[_A],
+        timeout: float,
+        check: Callable[[], object] | None = None,
     ) -> _A:
         """Wait for the answer of a request that :meth:`start` sent.
+
+        ``check`` is called now and then while it waits, and ends the wait by raising.
 
         Raises:
             DeadlineError: ``name`` did not answer within ``timeout`` seconds.
             ProtocolError: the answer is of another kind than ``kind``.
             PipeliveError: what the participant raised, its name in front of the message.
         """
-        try:
-            answer = future.result(timeout=max(timeout, 0))
-        except TimeoutError as error:
-            if future.done():
-                raise
-            raise DeadlineError(
-                f"{name} did not answer {type(body).__name__} within {timeout:.1f} s"
-            ) from error
+        end = time.monotonic() + timeout
+        while not wait([future], max(0.0, min(_CHECK_EVERY, end - time.monotonic()))).done:
+            if check is not None:
+                check()
+            if time.monotonic() >= end:
+                raise DeadlineError(
+                    f"{name} did not answer {type(body).__name__} within {timeout:.1f} s"
+                )
+        answer = future.result()
         if not isinstance(answer, kind):
             raise ProtocolError(
                 f"{name} answered {type(body).__name__} with {type(answer).__name__}, expected "

@@ -71,8 +71,10 @@ def decode(content: bytes) -> Frame:
     """
     try:
         return _decoder.decode(content)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ProtocolError(f"control frame of {len(content)} bytes is malformed: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(
+            f"control frame of {len(content)} bytes is malformed: {error}"
+        ) from error
 
 
 def failure_of(number: int, error: BaseException) -> Failure:
