@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def placement_pairs(draw):
     total, stages = sum(first), len(first)
     cuts = sorted(draw(st.lists(st.integers(0, total), min_size=stages - 1, max_size=stages - 1)))
     edges = [0, *cuts, total]
-    second = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    second = [b - a for a, b in itertools.pairwise(edges)]
     return Placement.from_counts(first), Placement.from_counts(second)
 
 

@@ -34,7 +34,7 @@ class _Shared:
 
     sealed: int = -1
     limit: int | None = None
-    """No write of a later step is sent: the last step that ran the old placement."""
+    """The last step that ran the old placement; its writes are the tail."""
     applied: int = -1
     stopping: bool = False
     converged: Converged | None = None
@@ -107,7 +107,12 @@ class SourceSession:
             self._lock.notify_all()
 
     def switch(self, step: int) -> None:
-        """Tell, before step ``step`` writes anything, that it runs the new placement."""
+        """Tell, before step ``step`` writes anything, that it runs the new placement.
+
+        The target writes the moved layers from here on, so what this stage logs from here on must
+        not be collected: its bytes of those slots are old.
+        """
+        self._tracker.hold_from(step)
         with self._lock:
             self._shared.limit = step - 1
             self._lock.notify_all()
@@ -182,6 +187,8 @@ class SourceSession:
             self._end(error)
         except Exception as error:  # a defect of ours must not leave the others waiting
             self._end(PipeliveError(f"patch thread: {type(error).__name__}: {error}"))
+        finally:
+            self._tracker.release_hold()
 
     def _patch(self, max_stop_ms: float, max_rounds: int) -> None:
         number, sent_through = 1, self._start_seq
@@ -192,9 +199,7 @@ class SourceSession:
                 limit = self._shared.limit
                 if limit is not None and sent_through >= limit:
                     return
-                # Under the lock, so that a switchover cannot slip in between the limit and the
-                # collect: a write of the new placement must never be collected here.
-                collected = self._tracker.collect(through=limit)
+            collected = self._tracker.collect()
             if collected.through_seq <= sent_through and not collected.num_slots:
                 self._converge(0, number, max_stop_ms, max_rounds)
                 self._await_work(sent_through)
