@@ -1,0 +1,344 @@
+"""How a stage answers the coordinator; every method runs in a thread of the control plane."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import TYPE_CHECKING
+
+from pipelive_kv.errors import ProtocolError
+from pipelive_kv.messages import (
+    Abort,
+    Admit,
+    Admitted,
+    Answer,
+    Arm,
+    AwaitConverged,
+    AwaitResize,
+    AwaitSwitched,
+    Commit,
+    Connect,
+    Converged,
+    Describe,
+    Done,
+    Grow,
+    LoadWeights,
+    Observe,
+    Prepare,
+    Prepared,
+    Progress,
+    Release,
+    Request,
+    StageInfo,
+    StartCopy,
+    Switched,
+)
+from pipelive_kv.migration import PatchReceiver, PatchSender
+from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.stage.session import StageSession
+from pipelive_kv.stage.source import Outgoing, SourceSession
+from pipelive_kv.stage.target import Incoming, TargetSession
+from pipelive_kv.transport import Channel, PatchListener, connect
+
+if TYPE_CHECKING:
+    from pipelive_kv.stage.stage import Stage
+
+
+class StageService:
+    """Carries out the coordinator's requests on one stage."""
+
+    def __init__(self, stage: Stage, patch_secret: bytes) -> None:
+        self._stage = stage
+        self._key = patch_secret
+
+    def handle(self, request: Request) -> Answer:
+        """Answer one request."""
+        match request:
+            case Describe():
+                return self._describe()
+            case Observe():
+                return self._observe()
+            case Admit():
+                return self._admit(request)
+            case AwaitResize():
+                self._await_resize(request.resize, request.timeout)
+                return Done()
+            case Prepare():
+                return self._prepare(request)
+            case Connect():
+                return self._connect(request)
+            case StartCopy():
+                return self._start_copy(request)
+            case LoadWeights():
+                self._session(request.epoch).target.load(request.timeout)
+                return Done()
+            case AwaitConverged():
+                return self._await_converged(request)
+            case Arm():
+                return self._arm(request)
+            case Commit():
+                return Done()
+            case AwaitSwitched():
+                return self._await_switched(request)
+            case Release():
+                return self._release(request)
+            case Grow():
+                self._await_resize(request.resize, request.timeout)
+                self._stage.pool.grow(request.capacity)
+                return Done()
+            case Abort():
+                return self._abort(request)
+            case _:
+                raise ProtocolError(f"a stage does not answer {type(request).__name__}")
+
+    def _session(self, epoch: int) -> StageSession:
+        session = self._stage.session
+        if session is None or session.epoch != epoch:
+            running = "none" if session is None else f"epoch {session.epoch}"
+            raise ProtocolError(
+                f"stage {self._stage.pp_rank} takes part in {running}, not in epoch {epoch}"
+            )
+        return session
+
+    def _await_resize(self, resize: int, timeout: float) -> None:
+        self._stage.wait_until(
+            lambda: self._stage.resize >= resize, timeout, f"the step that carries resize {resize}"
+        )
+
+    def _describe(self) -> StageInfo:
+        stage = self._stage
+        pool, stats = stage.pool, stage.pool.page_pool.stats()
+        return StageInfo(
+            rank=stage.pp_rank,
+            epoch=stage.epoch,
+            stages=stage.placement.stages,
+            layers=tuple(pool.layers),
+            capacity=pool.capacity,
+            max_blocks=pool.max_blocks,
+            budget_bytes=stats.budget_bytes,
+            used_bytes=stats.used_bytes,
+            peak_bytes=stats.peak_held_bytes,
+            spec=dataclasses.asdict(pool.spec) | {"num_layers": pool.num_layers},
+            layer_bytes=tuple(self._layer_bytes(layer) for layer in range(pool.num_layers)),
+            stack=pool.stack,
+            process=os.getpid(),
+            last_seq=stage.last_seq,
+        )
+
+    def _observe(self) -> Progress:
+        stage = self._stage
+        session, stats = stage.session, stage.pool.page_pool.stats()
+        source = session.source if session is not None else None
+        return Progress(
+            rank=stage.pp_rank,
+            epoch=stage.epoch,
+            seq=stage.last_seq,
+            rounds=len(source.rounds) if source is not None else 0,
+            bytes_sent=source.bytes_sent if source is not None else 0,
+            lag_steps=source.lag_steps if source is not None else 0,
+            used_bytes=stats.used_bytes,
+            held_bytes=stats.held_bytes,
+            peak_bytes=stats.peak_held_bytes,
+            capacity=stage.pool.capacity,
+        )
+
+    def _layer_bytes(self, layer: int) -> int:
+        weights = self._stage.weights
+        return weights.layer_bytes(layer) if weights is not None else 0
+
+    def _admit(self, request: Admit) -> Admitted:
+        """The budget rule: what the union's weights leave of the budget holds its blocks."""
+        stage = self._stage
+        target = Placement(request.stages)
+        whole_stacks([target], stage.pool.stack)
+        stats = stage.pool.page_pool.stats()
+        others = stats.used_bytes - self._own_bytes(stage.placement.layers_of(stage.pp_rank))
+        fits, reasons = [], []
+        union = stage.placement.union_with(target, stage.pp_rank)
+        for layers in (union, target.layers_of(stage.pp_rank)):
+            weights = sum(self._layer_bytes(layer) for layer in layers)
+            room = stats.budget_bytes - others - weights
+            count = stage.pool.max_blocks
+            if layers:
+                count = min(count, stage.pool.blocks_that_fit(layers, max(room, 0)))
+            fits.append(count)
+            if count < 1:
+                reasons.append(
+                    f"stage {stage.pp_rank} lacks "
+                    f"{stage.pool.bytes_needed(layers, 1) - room} bytes for the weights and one "
+                    f"block of {len(layers)} layers in its budget of {stats.budget_bytes} bytes"
+                )
+        return Admitted(fits[0], fits[1], "; ".join(reasons))
+
+    def _own_bytes(self, layers: tuple[int, ...]) -> int:
+        pool = self._stage.pool
+        weights = sum(self._layer_bytes(layer) for layer in layers)
+        return weights + (pool.bytes_needed(layers, pool.capacity) if layers else 0)
+
+    def _prepare(self, request: Prepare) -> Prepared:
+        stage = self._stage
+        placement = Placement(request.stages)
+        gained = tuple(layer for _, layers in request.incoming for layer in layers)
+        expected = set(placement.layers_of(stage.pp_rank)) - set(stage.pool.layers)
+        if set(gained) != expected or len(gained) != len(expected):
+            raise ProtocolError(
+                f"stage {stage.pp_rank} is told to take layers {sorted(gained)}, expected "
+                f"{sorted(expected)}"
+            )
+        ends_at = time.monotonic() + request.timeout
+        target = TargetSession(
+            request.epoch,
+            tuple(sorted(gained)),
+            stage.pool,
+            stage.weights,
+            stage.hooks,
+            weights_from=request.weights,
+            verify=request.verify,
+            ends_at=ends_at,
+        )
+        session = StageSession(request.epoch, stage.pp_rank, stage.placement, placement, target)
+        stage.open_session(session)
+        try:
+            target.make_room()
+            for source, layers in request.incoming:
+                target.listen(self._listen(request.epoch, source, layers, target, ends_at))
+        except BaseException:
+            stage.close_session(request.epoch)
+            target.discard()
+            raise
+        return Prepared(tuple(incoming.address for incoming in target.incoming))
+
+    def _listen(
+        self,
+        epoch: int,
+        source: int,
+        layers: tuple[int, ...],
+        target: TargetSession,
+        ends_at: float,
+    ) -> Incoming:
+        stage = self._stage
+        views = {layer: stage.pool.layer(layer) for layer in layers}
+
+        def make_receiver(channel: Channel) -> PatchReceiver:
+            return PatchReceiver(
+                channel, stage.pool.spec, views, epoch=epoch, regions=target.regions(layers)
+            )
+
+        listener = PatchListener(stage.transport, key=self._key)
+        return Incoming(source, layers, listener, make_receiver, ends_at)
+
+    def _connect(self, request: Connect) -> Done:
+        stage = self._stage
+        session = self._session(request.epoch)
+        outgoing: list[Outgoing] = []
+        ends_at = time.monotonic() + request.timeout
+        try:
+            for target, layers, address in request.outgoing:
+                channel = connect(address, key=self._key, timeout=request.timeout)
+                sender = PatchSender(
+                    channel,
+                    stage.pool.spec,
+                    {layer: stage.pool.layer(layer) for layer in layers},
+                    epoch=request.epoch,
+                    rate_limit=request.rate_limit or None,
+                )
+                outgoing.append(Outgoing(target, layers, sender, channel.kind))
+            if outgoing:
+                source = SourceSession(
+                    request.epoch,
+                    stage.tracker,
+                    outgoing,
+                    sealed=stage.last_seq,
+                    block_size=stage.pool.spec.block_size,
+                    verify=request.verify,
+                    ends_at=ends_at,
+                )
+                with stage.lock:
+                    session.source = source
+                    source.sealed(session.last_ended)
+        except BaseException:
+            for move in outgoing:
+                move.sender.cancel()
+            raise
+        return Done()
+
+    def _start_copy(self, request: StartCopy) -> Done:
+        session = self._session(request.epoch)
+        source = session.source
+        if source is None:
+            return Done()
+        weights = self._stage.weights
+        send_weights = None
+        if session.target.weights_from == "peer" and weights is not None:
+            arena = weights
+
+            def send_weights(move: Outgoing) -> None:
+                for layer in move.layers:
+                    move.sender.send_region(layer, arena.region(layer), timeout=request.timeout)
+
+        source.start(
+            request.live,
+            max_stop_ms=request.max_stop_ms,
+            max_rounds=request.max_rounds,
+            weights=send_weights,
+        )
+        return Done()
+
+    def _await_converged(self, request: AwaitConverged) -> Converged:
+        source = self._session(request.epoch).source
+        if source is None:
+            return Converged(0.0, 0, 0)
+        return source.await_converged(request.timeout)
+
+    def _arm(self, request: Arm) -> Done:
+        session = self._session(request.epoch)
+        self._stage.hooks.warmup(session.placement)
+        session.arm()
+        return Done()
+
+    def _await_switched(self, request: AwaitSwitched) -> Switched:
+        end = time.monotonic() + request.timeout
+        session = self._session(request.epoch)
+        self._stage.wait_until(
+            lambda: session.switch_step is not None and session.last_ended >= session.switch_step,
+            request.timeout,
+            f"the first step of epoch {request.epoch}",
+        )
+        if session.source is not None:
+            session.source.await_tail(max(0.0, end - time.monotonic()))
+        session.target.finish(max(0.0, end - time.monotonic()))
+        return session.report()
+
+    def _release(self, request: Release) -> Done:
+        stage = self._stage
+        session = self._session(request.epoch)
+        if session.switch_step is None:
+            raise ProtocolError(
+                f"stage {stage.pp_rank} has not switched to epoch {request.epoch} yet"
+            )
+        if session.source is not None:
+            session.source.await_tail(request.timeout)
+        session.target.finish(request.timeout)
+        stage.close_session(request.epoch)
+        if session.lost:
+            stage.hooks.retire(session.lost)
+            stage.pool.drop_layers(session.lost)
+            if stage.weights is not None:
+                for layer in session.lost:
+                    stage.weights.drop(layer)
+        return Done()
+
+    def _abort(self, request: Abort) -> Done:
+        session = self._stage.session
+        if session is None or session.epoch != request.epoch:
+            return Done()
+        with self._stage.lock:
+            if session.switch_step is not None:
+                raise ProtocolError(
+                    f"stage {self._stage.pp_rank} runs epoch {request.epoch} already: it cannot be "
+                    "aborted"
+                )
+            self._stage.close_session(request.epoch)
+        session.discard()
+        return Done()

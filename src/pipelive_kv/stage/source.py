@@ -1,0 +1,313 @@
+"""The giving side of a move: bulk copy, rounds of patches, and the tail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
+from pipelive_kv.messages import Converged, RoundRecord
+from pipelive_kv.migration import PatchSender, StopPredictor
+from pipelive_kv.tracker import DirtyTracker
+
+Ranges = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The layers that go to one target, and the connection to it."""
+
+    target: int
+    layers: tuple[int, ...]
+    sender: PatchSender
+    transport: str
+
+
+@dataclass
+class _Shared:
+    """What the engine's thread, the control plane's and the patch thread share."""
+
+    sealed: int = -1
+    limit: int | None = None
+    """The last step that ran the old placement; its writes are the tail."""
+    applied: int = -1
+    stopping: bool = False
+    converged: Converged | None = None
+    error: PipeliveError | None = None
+    rounds: list[RoundRecord] = field(default_factory=list)
+    tail_done: bool = False
+    bytes_sent: int = 0
+
+
+class SourceSession:
+    """Copies the moving layers of one stage to their targets while steps go on.
+
+    The patch thread runs: the bulk of the live blocks first, then rounds that carry what the steps
+    sealed since have written. It goes on after it has converged, so that each step's slots are on
+    their way as soon as the step is complete, until :meth:`switch` names the last step it has to
+    send; with that step's writes applied at every target, the tail is over.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        tracker: DirtyTracker,
+        outgoing: Sequence[Outgoing],
+        *,
+        sealed: int,
+        block_size: int,
+        verify: bool,
+        ends_at: float,
+    ) -> None:
+        self.epoch = epoch
+        self.outgoing = tuple(outgoing)
+        self._tracker = tracker
+        self._block_size = block_size
+        self._verify = verify
+        self._ends_at = ends_at
+        self._lock = threading.Condition()
+        self._shared = _Shared(sealed=sealed)
+        self._predictor = StopPredictor()
+        self._sent: list[Ranges] = []
+        self._thread: threading.Thread | None = None
+        self.verified_slots = 0
+        # Everything written up to here lies in blocks that are live when the bulk starts, or in
+        # blocks that are not; what is written later is in the log. So the log starts empty.
+        self._start_seq = self._collect_now()
+
+    # -- called by the stage -----------------------------------------------------------------------
+
+    def start(
+        self,
+        live: Sequence[tuple[int, int]],
+        *,
+        max_stop_ms: float,
+        max_rounds: int,
+        weights: Callable[[Outgoing], None] | None,
+    ) -> None:
+        """Start the patch thread with the live blocks, given as (first, count) runs of ids."""
+        ranges = np.array(live, dtype=np.uint64).reshape(-1, 2) * np.uint64(self._block_size)
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(ranges, max_stop_ms, max_rounds, weights),
+            name=f"pipelive-patch-{self.epoch}",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def sealed(self, seq: int) -> None:
+        """Tell that the stage has completed the steps up to ``seq``."""
+        with self._lock:
+            self._shared.sealed = seq
+            self._lock.notify_all()
+
+    def switch(self, step: int) -> None:
+        """Tell, before step ``step`` writes anything, that it runs the new placement.
+
+        The target writes the moved layers from here on, so what this stage logs from here on must
+        not be collected: its bytes of those slots are old.
+        """
+        self._tracker.hold_from(step)
+        with self._lock:
+            self._shared.limit = step - 1
+            self._lock.notify_all()
+
+    def await_converged(self, timeout: float) -> Converged:
+        """Wait until the predicted stop time is below the limit; raises what the thread raised."""
+        self._wait(lambda: self._shared.converged is not None, timeout, "to converge")
+        found = self._shared.converged
+        if found is None:
+            raise CancelledError("the migration was cancelled")
+        return found
+
+    def await_tail(self, timeout: float) -> None:
+        """Wait until every write of the old placement is applied at the targets."""
+        self._wait(lambda: self._shared.tail_done, timeout, "to send the tail")
+
+    def check(self) -> None:
+        """Raise what the patch thread raised, if it did."""
+        with self._lock:
+            if self._shared.error is not None:
+                raise self._shared.error
+
+    @property
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """The rounds so far."""
+        with self._lock:
+            return tuple(self._shared.rounds)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of KV sent so far, to all targets."""
+        return self._shared.bytes_sent
+
+    @property
+    def lag_steps(self) -> int:
+        """Steps that the stage has completed and the targets have not applied."""
+        with self._lock:
+            return max(0, self._shared.sealed - max(self._shared.applied, self._start_seq))
+
+    @property
+    def predicted_stop_ms(self) -> float:
+        """The prediction that let the session converge, 0 before."""
+        return self._shared.converged.predicted_stop_ms if self._shared.converged else 0.0
+
+    def cancel(self) -> None:
+        """End the patch thread; nothing is sent when this has returned. May be called twice."""
+        with self._lock:
+            self._shared.stopping = True
+            self._lock.notify_all()
+        for move in self.outgoing:
+            move.sender.cancel()
+        if self._thread is not None:
+            self._thread.join(timeout=max(1.0, self._ends_at - time.monotonic()))
+
+    # -- the patch thread --------------------------------------------------------------------------
+
+    def _run(
+        self,
+        live: Ranges,
+        max_stop_ms: float,
+        max_rounds: int,
+        weights: Callable[[Outgoing], None] | None,
+    ) -> None:
+        try:
+            if weights is not None:
+                for move in self.outgoing:
+                    weights(move)
+            self._round(0, self._start_seq, live)
+            self._patch(max_stop_ms, max_rounds)
+            self._finish()
+        except PipeliveError as error:
+            self._end(error)
+        except Exception as error:  # a defect of ours must not leave the others waiting
+            self._end(PipeliveError(f"patch thread: {type(error).__name__}: {error}"))
+        finally:
+            self._tracker.release_hold()
+
+    def _patch(self, max_stop_ms: float, max_rounds: int) -> None:
+        number, sent_through = 1, self._start_seq
+        while True:
+            with self._lock:
+                if self._shared.stopping:
+                    raise CancelledError("the migration was cancelled")
+                limit = self._shared.limit
+                if limit is not None and sent_through >= limit:
+                    return
+            collected = self._tracker.collect()
+            if collected.through_seq <= sent_through and not collected.num_slots:
+                self._converge(0, number, max_stop_ms, max_rounds)
+                self._await_work(sent_through)
+                continue
+            self._round(number, collected.through_seq, collected.ranges)
+            sent_through = collected.through_seq
+            self._converge(self._tracker.pending_slots, number, max_stop_ms, max_rounds)
+            number += 1
+
+    def _round(self, number: int, through: int, ranges: Ranges) -> None:
+        start_ns = time.monotonic_ns()
+        records = sent = 0
+        busy = 0.0
+        for move in self.outgoing:
+            stats = move.sender.send_round(number, through, ranges, timeout=self._rest())
+            records += stats.records
+            sent += stats.bytes
+            busy += stats.busy_seconds
+        for move in self.outgoing:
+            move.sender.wait_applied(through, timeout=self._rest())
+        if self._verify:
+            self._sent.append(ranges)
+        slots = int(ranges[:, 1].sum()) if len(ranges) else 0
+        self._predictor.observe(bytes=sent, records=records, seconds=busy)
+        with self._lock:
+            self._shared.applied = max(self._shared.applied, through)
+            self._shared.bytes_sent += sent
+            self._shared.rounds.append(
+                RoundRecord(
+                    number=number,
+                    through_seq=through,
+                    slots=slots,
+                    bytes=sent,
+                    records=records,
+                    start_ns=start_ns,
+                    end_ns=time.monotonic_ns(),
+                    busy_s=busy,
+                    lag_steps=max(0, self._shared.sealed - through),
+                )
+            )
+
+    def _converge(self, pending: int, number: int, max_stop_ms: float, max_rounds: int) -> None:
+        if self._shared.converged is not None:
+            return
+        rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
+        predicted = 1e3 * self._predictor.predict(bytes=pending * rows, records=max(1, pending))
+        with self._lock:
+            if predicted <= max_stop_ms:
+                lag = max(0, self._shared.sealed - self._shared.applied)
+                self._shared.converged = Converged(predicted, number, lag)
+                self._lock.notify_all()
+            elif number >= max_rounds:
+                raise DeadlineError(
+                    f"patching did not converge in {max_rounds} rounds: the predicted stop time is "
+                    f"{predicted:.1f} ms, the limit {max_stop_ms:g} ms"
+                )
+
+    def _await_work(self, sent_through: int) -> None:
+        with self._lock:
+            shared = self._shared
+            while not (
+                shared.stopping
+                or shared.sealed > sent_through
+                or (shared.limit is not None and sent_through >= shared.limit)
+            ):
+                self._lock.wait(self._rest())
+
+    def _finish(self) -> None:
+        if self._verify and self._sent:
+            ranges = np.concatenate(self._sent)
+            for move in self.outgoing:
+                move.sender.verify(ranges, timeout=self._rest())
+            self.verified_slots = int(ranges[:, 1].sum())
+        for move in self.outgoing:
+            move.sender.finish(timeout=self._rest())
+        with self._lock:
+            self._shared.tail_done = True
+            self._lock.notify_all()
+
+    def _end(self, error: PipeliveError) -> None:
+        with self._lock:
+            if self._shared.error is None:
+                self._shared.error = error
+            self._lock.notify_all()
+        for move in self.outgoing:
+            move.sender.cancel()
+
+    def _collect_now(self) -> int:
+        return self._tracker.collect().through_seq
+
+    def _rest(self) -> float:
+        rest = self._ends_at - time.monotonic()
+        if rest <= 0:
+            raise DeadlineError(f"the migration of epoch {self.epoch} ran past its deadline")
+        return rest
+
+    def _wait(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
+        end = time.monotonic() + timeout
+        with self._lock:
+            while not ready():
+                if self._shared.error is not None:
+                    raise self._shared.error
+                if self._shared.stopping:
+                    raise CancelledError("the migration was cancelled")
+                rest = end - time.monotonic()
+                if rest <= 0:
+                    targets = ", ".join(f"stage {move.target}" for move in self.outgoing)
+                    raise DeadlineError(
+                        f"the patches to {targets} had not come {what} after {timeout:.1f} s"
+                    )
+                self._lock.wait(rest)

@@ -1,0 +1,308 @@
+"""The stage: runs steps in order, keeps the write log, and activates placements."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelive_kv.control import ControlClient, ControlEndpoint
+from pipelive_kv.errors import (
+    ClosedError,
+    DeadlineError,
+    InvalidArgumentError,
+    ProtocolError,
+)
+from pipelive_kv.kv import KVPool
+from pipelive_kv.messages import Stamp
+from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.service import StageService
+from pipelive_kv.stage.session import StageSession
+from pipelive_kv.tracker import DirtyTracker
+
+GATE_TIMEOUT = 30.0
+"""Seconds that a gained layer waits for its KV before the step fails; see ``Stage``."""
+
+Slots = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on one stage, between :meth:`Stage.begin` and :meth:`Stage.end`."""
+
+    stamp: Stamp
+    layers: tuple[int, ...]
+    """The layers that the stage runs in this step, ascending."""
+    _stage: Stage
+
+    def gate(self, layer: int) -> None:
+        """Call before the step runs ``layer``: waits until the layer's KV is complete.
+
+        Returns at once for every layer but those that the stage has just gained.
+
+        Raises:
+            DeadlineError: the writes of earlier steps did not arrive in time.
+            PipeliveError: the transfer failed.
+        """
+        self._stage.gate(self.stamp, layer)
+
+
+class Stage:
+    """Held by a worker process of the engine, one per pipeline rank.
+
+    The engine runs each step as ``begin``, then every layer of ``step.layers`` after its
+    ``step.gate(layer)``, then ``end``, in one thread and in the order of the stamps. All else
+    happens in threads of the stage's own.
+
+    Args:
+        pp_rank: this stage's rank, 0 to ``pp_size - 1``.
+        pp_size: the number of stages.
+        pool: the stage's KV memory; it holds the layers of the placement.
+        placement: the placement of the first step.
+        hooks: what the engine does when its layers change.
+        weights: the memory of the layers' weights; None where the engine loads them by itself.
+        control: where the coordinator listens; None for a stage that never takes part in a
+            reconfiguration.
+        transport: how KV arrives: ``shm``, ``tcp``, or ``auto`` for the best that both ends can do.
+        gate_timeout: seconds that a step waits for the KV of a gained layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        pp_rank: int,
+        pp_size: int,
+        pool: KVPool,
+        placement: Placement,
+        hooks: EngineHooks | None = None,
+        weights: LayerWeights | None = None,
+        control: ControlEndpoint | None = None,
+        transport: str = "auto",
+        gate_timeout: float = GATE_TIMEOUT,
+    ) -> None:
+        if placement.num_stages != pp_size:
+            raise InvalidArgumentError(
+                f"pp_size is {pp_size}, but the placement {placement} has "
+                f"{placement.num_stages} stages"
+            )
+        if placement.num_layers != pool.num_layers:
+            raise InvalidArgumentError(
+                f"the placement has {placement.num_layers} layers, the pool {pool.num_layers}"
+            )
+        if transport not in ("auto", "shm", "tcp"):
+            raise InvalidArgumentError(f"transport is {transport!r}, expected auto, shm or tcp")
+        if placement.layers_of(pp_rank) != tuple(pool.layers):
+            raise InvalidArgumentError(
+                f"stage {pp_rank} of placement {placement} holds layers "
+                f"{placement.layers_of(pp_rank)}, the pool {tuple(pool.layers)}"
+            )
+        whole_stacks([placement], pool.stack)
+        self.pp_rank = pp_rank
+        self.pp_size = pp_size
+        self.pool = pool
+        self.weights = weights
+        self.hooks = hooks if hooks is not None else EngineHooks()
+        self.transport = transport
+        self.tracker = DirtyTracker(pool.max_blocks * pool.spec.block_size)
+        self.lock = threading.Condition()
+        self._placement = placement
+        self._layers = placement.layers_of(pp_rank)
+        self._epoch = 0
+        self._gate_timeout = gate_timeout
+        self._last_seq = -1
+        self._open: Step | None = None
+        self._resize = 0
+        self._session: StageSession | None = None
+        self._last_end_ns = 0
+        self._closed = False
+        self._client: ControlClient | None = None
+        if control is not None:
+            service = StageService(self, control.key.patch_secret)
+            self._client = ControlClient(control, f"stage/{pp_rank}", service.handle)
+
+    # -- the engine's side -------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> Placement:
+        """The placement that the stage runs."""
+        return self._placement
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of that placement."""
+        return self._epoch
+
+    @property
+    def last_seq(self) -> int:
+        """The last step that has ended, -1 at first."""
+        return self._last_seq if self._open is None else self._last_seq - 1
+
+    @property
+    def resize(self) -> int:
+        """The number of the last resize that was applied."""
+        return self._resize
+
+    def begin(self, stamp: Stamp, slots: Any = None) -> Step:
+        """Begin a step.
+
+        Args:
+            stamp: from the scheduler, the next one in order.
+            slots: int64 [tokens], the slots that the step writes, -1 for none; None writes nothing.
+
+        Raises:
+            ProtocolError: the stamp is not the next one, or of an epoch the stage is not armed for.
+            InvalidArgumentError: a slot is not below the capacity.
+        """
+        if self._closed:
+            raise ClosedError(f"stage {self.pp_rank} is closed")
+        if self._open is not None:
+            raise ProtocolError(f"step {stamp.seq} begins before step {self._open.stamp.seq} ended")
+        if stamp.seq != self._last_seq + 1 and self._last_seq >= 0:
+            raise ProtocolError(
+                f"stage {self.pp_rank} got step {stamp.seq}, expected {self._last_seq + 1}"
+            )
+        limit = min(stamp.capacity, self.pool.max_blocks) * self.pool.spec.block_size
+        written = _checked_slots(slots, limit)
+        if stamp.resize != self._resize:
+            self._apply_resize(stamp)
+        if stamp.epoch != self._epoch:
+            self._activate(stamp)
+        self.tracker.open(stamp.seq)
+        if written is not None:
+            self.tracker.record(stamp.seq, written)
+        if stamp.moves:
+            moved = [new for _, new in stamp.moves]
+            self.tracker.record_blocks(stamp.seq, moved, self.pool.spec.block_size)
+        self._last_seq = stamp.seq
+        self._open = Step(stamp, self._layers, self)
+        return self._open
+
+    def gate(self, stamp: Stamp, layer: int) -> None:
+        """See :meth:`Step.gate`."""
+        session = self._session
+        if session is not None and session.switch_step is not None:
+            session.gate(layer, self._gate_timeout)
+
+    def end(self, step: Step) -> None:
+        """End a step: its writes are complete, and may be sent.
+
+        Raises:
+            ProtocolError: the step is not the one that was begun last.
+        """
+        if self._open is not step:
+            raise ProtocolError(f"step {step.stamp.seq} is not the one that was begun last")
+        self.tracker.seal(step.stamp.seq)
+        self._last_end_ns = time.monotonic_ns()
+        self._open = None
+        with self.lock:
+            if self._session is not None:
+                self._session.step_ended(step.stamp.seq)
+            self.lock.notify_all()
+
+    def close(self) -> None:
+        """Give up what is under way and leave the control plane. May be called twice."""
+        self._closed = True
+        session = self._session
+        if session is not None and session.switch_step is None:
+            session.discard()
+        if self._client is not None:
+            self._client.close()
+        with self.lock:
+            self.lock.notify_all()
+
+    # -- between steps, in the engine's thread -----------------------------------------------------
+
+    def _apply_resize(self, stamp: Stamp) -> None:
+        if stamp.resize != self._resize + 1:
+            raise ProtocolError(
+                f"stage {self.pp_rank} got resize {stamp.resize}, expected {self._resize + 1}"
+            )
+        self.pool.shrink(stamp.capacity, moves=dict(stamp.moves))
+        with self.lock:
+            self._resize = stamp.resize
+            self.lock.notify_all()
+
+    def _activate(self, stamp: Stamp) -> None:
+        start = time.monotonic_ns()
+        session = self._session
+        if session is None or session.epoch != stamp.epoch or not session.armed:
+            raise ProtocolError(
+                f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} is "
+                f"not armed; it runs epoch {self._epoch}"
+            )
+        session.switch(stamp.seq)
+        self.hooks.activate(session.placement)
+        self._placement = session.placement
+        self._layers = session.placement.layers_of(self.pp_rank)
+        self._epoch = stamp.epoch
+        end = time.monotonic_ns()
+        with self.lock:
+            session.switched(self._last_end_ns, end, (end - start) * 1e-9)
+            self.lock.notify_all()
+
+    # -- for the service ---------------------------------------------------------------------------
+
+    @property
+    def session(self) -> StageSession | None:
+        """The reconfiguration under way."""
+        return self._session
+
+    def open_session(self, session: StageSession) -> None:
+        """Take part in a reconfiguration; there is no other one."""
+        with self.lock:
+            if self._closed:
+                raise ClosedError(f"stage {self.pp_rank} is closed")
+            if self._session is not None:
+                raise ProtocolError(
+                    f"stage {self.pp_rank} still takes part in epoch {self._session.epoch}"
+                )
+            self._session = session
+            session.step_ended(self.last_seq)
+
+    def close_session(self, epoch: int) -> StageSession | None:
+        """Leave the reconfiguration of ``epoch``; None if the stage takes part in no such one."""
+        with self.lock:
+            session = self._session
+            if session is None or session.epoch != epoch:
+                return None
+            self._session = None
+            return session
+
+    def wait_until(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
+        """Wait until ``ready()`` holds; it is called again after each step and resize."""
+        end = time.monotonic() + timeout
+        with self.lock:
+            while not ready():
+                rest = end - time.monotonic()
+                if self._closed:
+                    raise ClosedError(f"stage {self.pp_rank} is closed")
+                if rest <= 0:
+                    raise DeadlineError(
+                        f"stage {self.pp_rank} waited {timeout:.1f} s for {what}; its last step is "
+                        f"{self._last_seq}"
+                    )
+                self.lock.wait(rest)
+
+
+def _checked_slots(slots: Any, limit: int) -> Slots | None:
+    if slots is None:
+        return None
+    found = np.from_dlpack(slots) if not isinstance(slots, np.ndarray | list | tuple) else slots
+    array = np.asarray(found)
+    if array.size == 0:
+        return None
+    if array.dtype != np.int64 or array.ndim != 1:
+        raise InvalidArgumentError(
+            f"slots has dtype {array.dtype} and {array.ndim} dimensions, expected int64 [tokens]"
+        )
+    if int(array.max()) >= limit or int(array.min()) < -1:
+        raise InvalidArgumentError(
+            f"slots reach from {array.min()} to {array.max()}, expected -1 to {limit - 1}"
+        )
+    return array

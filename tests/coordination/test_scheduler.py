@@ -1,0 +1,55 @@
+import threading
+
+import msgspec
+import pytest
+
+import pipelive_kv as pk
+from pipelive_kv.scheduler import runs_of
+
+
+@pytest.fixture
+def scheduler():
+    made = pk.Scheduler(pk.Placement.from_counts([2, 2]), allocator=pk.BlockAllocator(32, 16))
+    yield made
+    made.close()
+
+
+def test_steps_are_numbered(scheduler):
+    stamps = [scheduler.stamp() for _ in range(3)]
+    assert [stamp.seq for stamp in stamps] == [0, 1, 2]
+    assert {(s.epoch, s.resize, s.capacity, s.moves) for s in stamps} == {(0, 0, 16, ())}
+    content = msgspec.msgpack.encode(stamps[2])
+    assert msgspec.msgpack.decode(content, type=pk.Stamp) == stamps[2]
+
+
+def test_freed_ids_wait_for_the_steps_before(scheduler):
+    (block,) = scheduler._allocator.allocate(1)
+    stamp = scheduler.stamp()
+    scheduler.freed([block])
+    assert block not in scheduler._allocator.allocate(5)
+    scheduler.retired(stamp.seq)
+    assert block in scheduler._allocator.allocate(1)
+
+
+def test_bad_calls(scheduler):
+    with pytest.raises(pk.InvalidArgumentError, match="seq=0"):
+        scheduler.retired(0)
+    scheduler.stamp()
+    with pytest.raises(pk.InvalidArgumentError, match="seq=1"):
+        scheduler.retired(1)
+    with pytest.raises(pk.PipeliveError):
+        scheduler.freed([9])
+    scheduler.close()
+    with pytest.raises(pk.ClosedError):
+        scheduler.stamp()
+
+
+def test_close_twice(scheduler):
+    scheduler.close()
+    scheduler.close()
+    assert threading.active_count() >= 1
+
+
+def test_runs():
+    assert runs_of([]) == ()
+    assert runs_of([0, 1, 2, 5, 7, 8]) == ((0, 3), (5, 1), (7, 2))
