@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.messages import Converged, RoundRecord
-from pipelive_kv.migration import BandwidthEstimate, PatchSender
+from pipelive_kv.migration import PatchSender, StopPredictor
 from pipelive_kv.tracker import DirtyTracker
 
 Ranges = npt.NDArray[np.uint64]
@@ -72,7 +72,7 @@ class SourceSession:
         self._ends_at = ends_at
         self._lock = threading.Condition()
         self._shared = _Shared(sealed=sealed)
-        self._bandwidth = BandwidthEstimate()
+        self._predictor = StopPredictor()
         self._sent: list[Ranges] = []
         self._thread: threading.Thread | None = None
         self.verified_slots = 0
@@ -223,7 +223,7 @@ class SourceSession:
         if self._verify:
             self._sent.append(ranges)
         slots = int(ranges[:, 1].sum()) if len(ranges) else 0
-        self._bandwidth.observe(sent, records, busy)
+        self._predictor.observe(bytes=sent, records=records, seconds=busy)
         with self._lock:
             self._shared.applied = max(self._shared.applied, through)
             self._shared.bytes_sent += sent
@@ -245,7 +245,7 @@ class SourceSession:
         if self._shared.converged is not None:
             return
         rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
-        predicted = 1e3 * self._bandwidth.predict(pending * rows, max(1, pending))
+        predicted = 1e3 * self._predictor.predict(bytes=pending * rows, records=max(1, pending))
         with self._lock:
             if predicted <= max_stop_ms:
                 lag = max(0, self._shared.sealed - self._shared.applied)
