@@ -16,6 +16,7 @@ from pipelive_kv.messages import (
     Arm,
     AwaitConverged,
     AwaitResize,
+    AwaitStep,
     AwaitSwitched,
     Commit,
     Connect,
@@ -63,6 +64,13 @@ class StageService:
                 return self._admit(request)
             case AwaitResize():
                 self._await_resize(request.resize, request.timeout)
+                return Done()
+            case AwaitStep():
+                self._stage.wait_until(
+                    lambda: self._stage.last_seq >= request.seq,
+                    request.timeout,
+                    f"step {request.seq} to end",
+                )
                 return Done()
             case Prepare():
                 return self._prepare(request)
