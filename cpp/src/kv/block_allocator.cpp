@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <new>
+#include <string>
 
 #include "pipelive/base/error.hpp"
 
@@ -57,9 +58,10 @@ void BlockAllocator::require_known(const char* caller, std::int64_t id) const {
   require_between(caller, "id", id, 0, max_blocks_ - 1);
 }
 
-void BlockAllocator::require_live(const char* caller, const std::string& what,
-                                  std::int64_t id) const {
-  const std::string is = std::string(caller) + ": " + what + " is " + std::to_string(id);
+void BlockAllocator::refuse_id(const char* caller, std::int64_t id,
+                               std::optional<std::size_t> index) const {
+  const std::string is =
+      std::string(caller) + ": " + (index ? element(*index) : "id") + " is " + std::to_string(id);
   if (id < 0 || id >= max_blocks_) {
     refuse(is + ", expected 1 to " + std::to_string(max_blocks_ - 1));
   }
@@ -67,7 +69,7 @@ void BlockAllocator::require_live(const char* caller, const std::string& what,
   if (at(id).state == State::quarantined) {
     refuse(is + ", which was released already and is in quarantine");
   }
-  if (at(id).state != State::live) refuse(is + ", which is not allocated");
+  refuse(is + ", which is not allocated");
 }
 
 void BlockAllocator::refuse_allocation(const char* caller, std::int64_t count) const {
@@ -127,7 +129,7 @@ void BlockAllocator::share(std::span<const std::int64_t> ids) {
   std::size_t done = 0;
   try {
     for (; done < ids.size(); ++done) {
-      require_live("BlockAllocator.share", element(done), ids[done]);
+      require_live("BlockAllocator.share", ids[done], done);
       if (at(ids[done]).refcount == std::numeric_limits<std::uint32_t>::max()) {
         refuse("BlockAllocator.share: " + element(done) + " is " + std::to_string(ids[done]) +
                ", which has 2^32 - 1 references already");
@@ -152,7 +154,7 @@ void BlockAllocator::release(std::span<const std::int64_t> ids,
   std::uint32_t* list = nullptr;
   try {
     for (; done < ids.size(); ++done) {
-      require_live("BlockAllocator.release", element(done), ids[done]);
+      require_live("BlockAllocator.release", ids[done], done);
       if (at(ids[done]).refcount == 0) {
         refuse("BlockAllocator.release: " + element(done) + " is " + std::to_string(ids[done]) +
                ", listed more often than it has references");
@@ -191,7 +193,7 @@ void BlockAllocator::retire(std::int64_t seq) {
 
 BlockAllocator::Writable BlockAllocator::writable(std::int64_t id) {
   const std::lock_guard lock(mutex_);
-  require_live("BlockAllocator.writable", "id", id);
+  require_live("BlockAllocator.writable", id);
   if (at(id).refcount == 1) return {id, std::nullopt};
   if (free_.size() == 0) refuse_allocation("BlockAllocator.writable", 1);
   --at(id).refcount;

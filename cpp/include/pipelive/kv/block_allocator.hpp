@@ -1,11 +1,11 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "pipelive/kv/id_set.hpp"
@@ -132,7 +132,12 @@ class BlockAllocator {
     return blocks_[static_cast<std::size_t>(id)];
   }
   void require_known(const char* caller, std::int64_t id) const;
-  void require_live(const char* caller, const std::string& what, std::int64_t id) const;
+  void require_live(const char* caller, std::int64_t id,
+                    std::optional<std::size_t> index = std::nullopt) const {
+    if (id <= 0 || id >= max_blocks_ || at(id).state != State::live) refuse_id(caller, id, index);
+  }
+  [[noreturn]] void refuse_id(const char* caller, std::int64_t id,
+                              std::optional<std::size_t> index) const;
   [[nodiscard]] std::vector<std::int64_t> ids_in(State state, std::int64_t count) const;
   void drop_plan() noexcept;
   [[noreturn]] void refuse_allocation(const char* caller, std::int64_t count) const;
