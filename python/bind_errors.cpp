@@ -21,9 +21,9 @@ std::array<PyObject*, 11> classes{};
 }  // namespace
 
 void bind_errors(py::module_& m) {
-  PyObject* root = PyErr_NewExceptionWithDoc(
-      "pipelive_kv.PipeliveError", "Base of every error that pipelive_kv raises itself.",
-      PyExc_RuntimeError, nullptr);
+  PyObject* root = PyErr_NewExceptionWithDoc("pipelive_kv.PipeliveError",
+                                             "Base of every error that pipelive_kv raises itself.",
+                                             PyExc_RuntimeError, nullptr);
   if (root == nullptr) throw py::error_already_set();
   m.attr("PipeliveError") = py::reinterpret_borrow<py::object>(root);
 

@@ -1,0 +1,111 @@
+# `make test` and `make demo` need nothing prepared: they set up .venv and build first.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+BUILD_TYPE ?= Release
+# Compute capabilities for `make build` (what a wheel carries is the default of CMakeLists.txt).
+CUDA ?= AUTO
+CUDA_ARCHS ?= fast
+WERROR ?= $(if $(CI),ON,OFF)
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+CTEST_ARGS ?=
+BENCH_ARGS ?=
+HYPOTHESIS_PROFILE ?= ci
+
+VENV := .venv
+BIN := $(VENV)/bin
+RELEASE := build/release
+
+export PYTHON HYPOTHESIS_PROFILE
+# Compilations are found in the cache again in another clone of the repository.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+CCACHE := $(shell command -v ccache 2>/dev/null)
+LAUNCHER := $(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=$(CCACHE))
+
+CONFIGURE = $(BIN)/cmake -S . -G Ninja --log-level=WARNING \
+  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPIPELIVE_WERROR=$(WERROR) $(LAUNCHER)
+COMPILE = $(BIN)/cmake --build
+# One after another: the tests of transport and memory are threaded themselves.
+CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --timeout 300 $(CTEST_ARGS)
+
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
+  '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
+SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
+
+.PHONY: help setup build test test-cpp test-py demo bench lint format tsan asan cuda wheel-check clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Make .venv with pinned packages, and install system packages where run as root
+	@scripts/setup.sh
+
+build: setup  ## Compile the extension and the C++ tests (build/release)
+	@$(CONFIGURE) -B $(RELEASE) -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -DPIPELIVE_INPLACE=ON \
+	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=$(CUDA) -DPIPELIVE_CUDA_ARCHS='$(CUDA_ARCHS)' \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	@$(COMPILE) $(RELEASE) -j $(JOBS)
+
+test: test-cpp test-py  ## Run all tests
+
+test-cpp: build  ## Run the C++ tests; CTEST_ARGS="-R name" chooses
+	@$(CTEST) --test-dir $(RELEASE)
+
+test-py: build  ## Run the Python tests; PYTEST_ARGS="-k name" chooses
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: build  ## Run the demo; DEMO_ARGS passes arguments
+	@$(BIN)/pipelive-kv demo $(DEMO_ARGS)
+
+bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
+	@$(CONFIGURE) -B build/bench -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \
+	  -DPIPELIVE_BUILD_BENCH=ON -DPIPELIVE_CUDA=OFF
+	@$(COMPILE) build/bench -j $(JOBS)
+	@scripts/bench.sh build/bench $(BENCH_ARGS)
+
+lint: setup  ## Check style and types: ruff, mypy, clang-format, layers, shell syntax
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/python scripts/check_layers.py
+	@for file in $(SHELL_FILES); do bash -n "$$file"; done
+	@echo "lint: all checks passed"
+
+format: setup  ## Reformat Python and C++ in place
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+# Thread sanitizer cannot place its shadow memory under high address randomisation.
+tsan: setup  ## Run the C++ tests under ThreadSanitizer (build/tsan)
+	@$(CONFIGURE) -B build/tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
+	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=thread
+	@setarch -R $(COMPILE) build/tsan -j $(JOBS)
+	@TSAN_OPTIONS=halt_on_error=1 setarch -R $(CTEST) --test-dir build/tsan
+
+asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitizers (build/asan)
+	@$(CONFIGURE) -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
+	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=address,undefined
+	@$(COMPILE) build/asan -j $(JOBS)
+	@UBSAN_OPTIONS=print_stacktrace=1 $(CTEST) --test-dir build/asan
+
+cuda: setup  ## Compile the CUDA part for all architectures (needs nvcc; build/cuda)
+	@$(CONFIGURE) -B build/cuda -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \
+	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=ON
+	@$(COMPILE) build/cuda -j $(JOBS) --target cuda_tests
+	@$(CTEST) --test-dir build/cuda/cuda
+
+wheel-check:  ## Install the package into a fresh environment, as a user would, and use it there
+	@scripts/wheel_check.sh
+
+clean:  ## Remove what was built (not .venv)
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache src/pipelive_kv/_core.*.so

@@ -1,0 +1,131 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "pipelive/base/slot_range.hpp"
+#include "pipelive/tracker/slot_bitmap.hpp"
+#include "pipelive/tracker/write_log.hpp"
+
+namespace pipelive {
+
+/// What one collect took out of a tracker.
+struct Collected {
+  std::vector<SlotRange> ranges;  ///< sorted, disjoint, maximal
+  std::int64_t through_seq = -1;  ///< every write of every step up to this one was collected
+  std::uint64_t num_slots = 0;    ///< slots in `ranges`
+  std::uint64_t generation = 0;   ///< strictly rises with every collect of a tracker, also past a
+                                  ///< reset: of two collects the later holds the newer bytes
+  std::uint64_t open_externals = 0;  ///< external writes that were recorded but not sealed
+};
+
+/// The write log of one stage: which slots have been written and not yet been copied.
+///
+/// Steps are opened in the order of their numbers, without gaps; several may be open, from several
+/// threads, and they may be sealed in any order. A step is sealed when the device has completed it.
+/// Only the longest prefix of sealed steps is ever collected, so `through_seq` is exact: a step's
+/// writes are either all in what has been collected or none of them are.
+///
+/// Writers that are not steps (received prefill, swap-in, copy on write) record their slots
+/// beforehand for a token, and seal the token when their writes are complete. They do not hold back
+/// the prefix: what a step needs from them the engine orders itself. The last collect of a
+/// migration must see no open external, or its writes would stay behind.
+///
+/// A writer that failed half-way is sealed all the same: its slots are copied once more than
+/// needed.
+///
+/// Memory is bounded: sealed steps are folded into one bitmap whether or not anyone collects, a log
+/// holds at most two bitmaps, and at most kMaxOpenSteps steps are logged at a time.
+///
+/// Thread-safe. Every operation that throws leaves the tracker as it was; misuse and bad slots are
+/// Error(invalid_argument) that name the index and the value.
+class DirtyTracker {
+ public:
+  static constexpr std::uint64_t kMaxSlots = WriteLog::kMaxSlots;
+  static constexpr std::uint64_t kMaxOpenSteps = 65536;
+
+  /// Steps are numbered from `next_seq` (at least 0). Throws Error(invalid_argument) or
+  /// Error(out_of_memory).
+  explicit DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq = 0);
+  DirtyTracker(const DirtyTracker&) = delete;
+  DirtyTracker& operator=(const DirtyTracker&) = delete;
+
+  /// Begins the log of step `seq`, which must be `next_seq()`. Throws Error(busy) where
+  /// kMaxOpenSteps steps are logged already, because one of them was never sealed.
+  void open(std::int64_t seq);
+
+  /// Adds slots to the open step `seq`; -1 marks a padded row and is skipped.
+  void record(std::int64_t seq, std::span<const std::int64_t> slots);
+  void record_ranges(std::int64_t seq, std::span<const SlotRange> ranges);
+  void record_blocks(std::int64_t seq, std::span<const std::int64_t> ids, std::uint32_t block_size);
+
+  /// Says that the device has completed the open step `seq`.
+  void seal(std::int64_t seq);
+
+  /// Begins a log outside the steps. Returns its token, which is never given twice.
+  [[nodiscard]] std::uint64_t record_external(std::span<const std::int64_t> slots);
+  [[nodiscard]] std::uint64_t record_external_ranges(std::span<const SlotRange> ranges);
+  [[nodiscard]] std::uint64_t record_external_blocks(std::span<const std::int64_t> ids,
+                                                     std::uint32_t block_size);
+
+  /// Says that the external writes of `token` are complete; the token is used up.
+  void seal_external(std::uint64_t token);
+
+  /// Takes the sealed writes since the last collect. Concurrent collects run one after the other.
+  [[nodiscard]] Collected collect();
+
+  /// Puts ranges back that were collected but could not be sent; the next collect has them again.
+  void restore(std::span<const SlotRange> ranges);
+
+  /// Forgets every step, external and mark. The next step to open is `next_seq`; generations go on.
+  void reset(std::int64_t next_seq);
+
+  [[nodiscard]] std::uint64_t num_slots() const noexcept { return num_slots_; }
+  /// The number that the next open() must give.
+  [[nodiscard]] std::int64_t next_seq() const;
+  /// Every step up to this one is sealed; one less than the first step's number at first.
+  [[nodiscard]] std::int64_t sealed_through() const;
+  /// Slots that a collect would take now.
+  [[nodiscard]] std::uint64_t pending_slots() const;
+  /// Steps opened and not sealed.
+  [[nodiscard]] std::uint64_t open_steps() const;
+  /// External writes recorded and not sealed.
+  [[nodiscard]] std::uint64_t open_externals() const;
+  /// Bytes held by bitmaps and logs.
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+ private:
+  struct Step {
+    WriteLog log;
+    bool sealed = false;
+  };
+
+  Step& find_open(const char* caller, std::int64_t seq);
+  template <typename Add>
+  std::uint64_t add_external(Add&& add);
+  WriteLog take_log();
+  void keep_log(WriteLog&& log) noexcept;
+
+  const std::uint64_t num_slots_;
+
+  std::mutex collect_mutex_;  // taken before mutex_; guards drained_
+  SlotBitmap drained_;        // empty but while a collect scans it
+
+  mutable std::mutex mutex_;  // guards all that follows
+  SlotBitmap pending_;        // the sealed writes since the last collect
+  std::uint64_t pending_slots_ = 0;
+  std::deque<Step> steps_;  // first_seq_ to next_seq_ - 1; the front is never sealed
+  std::int64_t first_seq_;
+  std::int64_t next_seq_;
+  std::uint64_t open_steps_ = 0;
+  std::unordered_map<std::uint64_t, WriteLog> externals_;
+  std::uint64_t next_token_ = 1;
+  std::uint64_t generation_ = 0;
+  std::vector<WriteLog> spare_logs_;  // emptied logs whose memory the next steps use
+};
+
+}  // namespace pipelive

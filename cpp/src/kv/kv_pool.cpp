@@ -1,0 +1,400 @@
+#include "pipelive/kv/kv_pool.hpp"
+
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
+
+#include "pipelive/base/error.hpp"
+
+namespace pipelive {
+namespace {
+
+// How long a resize waits for host operations and events that still use what is to go.
+constexpr double kFenceSeconds = 30.0;
+constexpr double kCopySeconds = 60.0;
+
+[[noreturn]] void fail(const std::string& message) {
+  throw Error(ErrorCode::invalid_argument, message);
+}
+
+Geometry make_geometry(const KVSpec& spec, const PagePool& pages, const KVPoolOptions& options) {
+  spec.validate();
+  Geometry geometry;
+  geometry.block_bytes = spec.block_bytes();
+  geometry.num_layers = options.num_layers;
+  geometry.stack = options.stack;
+  geometry.max_blocks = options.max_blocks;
+  geometry.page_bytes = pages.page_bytes();
+  geometry.extra_pages = options.holes == HolePolicy::scratch ? 1 : 0;
+  geometry.validate();
+  return geometry;
+}
+
+void wait_for(std::span<const std::shared_ptr<Event>> events, Deadline deadline) {
+  for (const std::shared_ptr<Event>& event : events) {
+    if (event != nullptr) event->wait(deadline);
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<KVPool> KVPool::create(const KVSpec& spec, std::shared_ptr<PagePool> pages,
+                                       const KVPoolOptions& options) {
+  if (pages == nullptr) fail("KVPool: pages is null, expected a page pool");
+  std::shared_ptr<KVPool> pool(new KVPool(spec, std::move(pages), options));
+  pool->check_capacity("capacity", options.capacity);
+  if (!options.layers.empty()) pool->add_layers(options.layers);
+  return pool;
+}
+
+KVPool::KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPoolOptions& options)
+    : spec_(spec),
+      layout_(spec.layout()),
+      geometry_(make_geometry(spec, *pages, options)),
+      holes_(options.holes),
+      pages_(std::move(pages)),
+      held_(geometry_.num_stacks(), false),
+      capacity_(options.capacity),
+      residency_(geometry_.num_layers) {
+  if (holes_ == HolePolicy::scratch) scratch_ = std::make_shared<ScratchPage>(*pages_);
+  arenas_.reserve(held_.size());
+  for (std::uint32_t index = 0; index < held_.size(); ++index) {
+    const std::size_t bytes = geometry_.pages_for(index, geometry_.max_blocks);
+    arenas_.push_back(std::make_unique<Arena>(pages_, bytes * geometry_.page_bytes,
+                                              ArenaOptions{true, scratch_}));
+  }
+}
+
+KVPool::~KVPool() = default;
+
+void KVPool::check_open() const {
+  if (closed()) throw Error(ErrorCode::closed, "the KV pool is closed");
+}
+
+void KVPool::check_usable_locked() const {
+  check_open();
+  if (!broken_.empty()) throw Error(ErrorCode::device, "the KV pool is unusable: " + broken_);
+}
+
+void KVPool::check_capacity(const char* call, std::uint64_t capacity) const {
+  if (capacity < 1 || capacity > geometry_.max_blocks) {
+    fail(std::string(call) + ": capacity is " + std::to_string(capacity) + ", expected 1 to " +
+         std::to_string(geometry_.max_blocks));
+  }
+}
+
+std::vector<std::uint32_t> KVPool::held_stacks_locked() const {
+  std::vector<std::uint32_t> stacks;
+  for (std::uint32_t index = 0; index < held_.size(); ++index) {
+    if (held_[index]) stacks.push_back(index);
+  }
+  return stacks;
+}
+
+std::vector<std::uint32_t> KVPool::layers() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::uint32_t> layers;
+  for (const std::uint32_t index : held_stacks_locked()) {
+    for (std::uint32_t i = 0; i < geometry_.layers_in(index); ++i) {
+      layers.push_back(geometry_.first_layer(index) + i);
+    }
+  }
+  return layers;
+}
+
+KVPoolStats KVPool::stats() const {
+  const std::lock_guard lock(mutex_);
+  KVPoolStats stats;
+  stats.capacity = capacity();
+  stats.max_blocks = geometry_.max_blocks;
+  for (const std::uint32_t index : held_stacks_locked()) {
+    stats.layers_held += geometry_.layers_in(index);
+  }
+  for (const auto& arena : arenas_) stats.held_bytes += arena->mapped_bytes();
+  if (scratch_ != nullptr) stats.held_bytes += geometry_.page_bytes;
+  stats.resident_bytes = stats.capacity * stats.layers_held * geometry_.block_bytes;
+  return stats;
+}
+
+LayerMemory KVPool::layer_memory(std::uint32_t layer) const {
+  if (layer >= geometry_.num_layers) {
+    fail("layer is " + std::to_string(layer) + ", expected 0 to " +
+         std::to_string(geometry_.num_layers - 1));
+  }
+  const std::uint32_t index = geometry_.stack_of(layer);
+  const std::size_t place = layer - geometry_.first_layer(index);
+  return {arenas_[index]->base() + place * geometry_.block_bytes, geometry_.stride(index),
+          geometry_.max_blocks};
+}
+
+void KVPool::publish_limits_locked() noexcept {
+  const std::uint64_t limit = closed() || !broken_.empty() ? 0 : capacity();
+  for (std::uint32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+    residency_.set_limit(layer, held_[geometry_.stack_of(layer)] ? limit : 0);
+  }
+}
+
+// Draws all pages first, since running out is what fails in practice; then maps part by part and
+// takes the parts out again where one fails.
+void KVPool::map_all(std::vector<Mapped> parts) {
+  std::erase_if(parts, [](const Mapped& part) { return part.bytes == 0; });
+  std::size_t total = 0;
+  for (const Mapped& part : parts) total += part.bytes / geometry_.page_bytes;
+  PageLease lease = pages_->take(total, PagePool::Prefer::clean);
+  std::size_t done = 0;
+  try {
+    for (; done < parts.size(); ++done) {
+      PageLease rest = lease.split(parts[done].bytes / geometry_.page_bytes);
+      parts[done].arena->map(parts[done].offset, std::move(lease));
+      lease = std::move(rest);
+    }
+  } catch (...) {
+    while (done-- > 0) {
+      try {
+        parts[done].arena->unmap(parts[done].offset, parts[done].bytes);
+      } catch (const std::exception& error) {
+        broken_ = std::string("undoing a failed grow failed: ") + error.what();
+        publish_limits_locked();
+      }
+    }
+    throw;
+  }
+}
+
+std::vector<KVPool::Removed> KVPool::unmap_all(const std::vector<Mapped>& parts) {
+  std::vector<Removed> removed;
+  removed.reserve(parts.size());
+  try {
+    for (const Mapped& part : parts) {
+      if (part.bytes == 0) continue;
+      removed.push_back({part.arena, part.offset, part.arena->take_out(part.offset, part.bytes)});
+    }
+  } catch (...) {
+    for (Removed& part : removed) {
+      try {
+        part.arena->put_back(part.offset, std::move(part.pages));
+      } catch (const std::exception& error) {
+        broken_ = std::string("undoing a failed shrink failed: ") + error.what();
+        publish_limits_locked();
+      }
+    }
+    throw;
+  }
+  return removed;
+}
+
+void KVPool::add_layers(std::span<const std::uint32_t> layers) {
+  const std::lock_guard lock(mutex_);
+  check_usable_locked();
+  const std::vector<std::uint32_t> stacks = geometry_.stacks_of(layers, "add_layers", true);
+  std::vector<Mapped> parts;
+  for (const std::uint32_t index : stacks) {
+    if (held_[index]) {
+      fail("add_layers: layer " + std::to_string(geometry_.first_layer(index)) +
+           " is held already");
+    }
+    const std::size_t pages = geometry_.pages_for(index, capacity());
+    parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
+  }
+  map_all(std::move(parts));
+  for (const std::uint32_t index : stacks) held_[index] = true;
+  publish_limits_locked();
+}
+
+void KVPool::drop_layers(std::span<const std::uint32_t> layers,
+                         std::span<const std::shared_ptr<Event>> after) {
+  const std::lock_guard lock(mutex_);
+  check_usable_locked();
+  const std::vector<std::uint32_t> stacks = geometry_.stacks_of(layers, "drop_layers", true);
+  std::vector<Mapped> parts;
+  for (const std::uint32_t index : stacks) {
+    if (!held_[index]) {
+      fail("drop_layers: layer " + std::to_string(geometry_.first_layer(index)) + " is not held");
+    }
+    const std::size_t pages = geometry_.pages_for(index, capacity());
+    parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
+  }
+  const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
+  wait_for(after, deadline);
+  const Residency::Exclusive exclusive = residency_.exclude(deadline);
+  const std::vector<Removed> removed = unmap_all(parts);
+  for (const std::uint32_t index : stacks) held_[index] = false;
+  publish_limits_locked();
+}
+
+void KVPool::grow(std::uint64_t capacity) {
+  const std::lock_guard lock(mutex_);
+  check_usable_locked();
+  check_capacity("grow", capacity);
+  const std::uint64_t before = this->capacity();
+  if (capacity < before) {
+    fail("grow: capacity is " + std::to_string(capacity) + ", expected at least the present " +
+         std::to_string(before));
+  }
+  if (capacity == before) return;
+  std::vector<Mapped> parts;
+  const std::vector<std::uint32_t> stacks = held_stacks_locked();
+  bool zeroed = false;
+  for (const std::uint32_t index : stacks) {
+    const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
+    const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
+    parts.push_back({arenas_[index].get(), old_bytes, new_bytes - old_bytes});
+    // The last page so far may hold what an id above the capacity left behind.
+    const std::size_t used = before * geometry_.stride(index);
+    if (used < old_bytes) {
+      device()->fill(arenas_[index]->base() + used, 0, old_bytes - used);
+      zeroed = true;
+    }
+  }
+  if (zeroed) device()->record()->wait(Deadline::after_seconds(kCopySeconds));
+  map_all(std::move(parts));
+  capacity_.store(capacity, std::memory_order_release);
+  publish_limits_locked();
+}
+
+void KVPool::check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const {
+  std::unordered_set<std::uint64_t> named;
+  named.reserve(2 * moves.size());
+  for (const BlockMove& move : moves) {
+    const auto text = [&move] {
+      return "move of block " + std::to_string(move.from) + " to " + std::to_string(move.to);
+    };
+    if (move.from == 0 || move.to == 0) fail(text() + ": block 0 never moves");
+    if (move.from >= capacity()) {
+      throw Error(ErrorCode::not_resident,
+                  text() + ": resident are the ids below " + std::to_string(capacity()));
+    }
+    if (move.to >= target_limit) {
+      fail(text() + ": expected a target below " + std::to_string(target_limit));
+    }
+    // Without chains the copies may be made in any order and a failure half-way loses nothing.
+    if (!named.insert(move.from).second)
+      fail(text() + ": " + std::to_string(move.from) + " is part of another move");
+    if (!named.insert(move.to).second)
+      fail(text() + ": " + std::to_string(move.to) + " is part of another move");
+  }
+}
+
+void KVPool::check_live(std::uint64_t capacity, std::span<const std::uint64_t> live,
+                        std::span<const BlockMove> moves) const {
+  const std::unordered_set<std::uint64_t> alive(live.begin(), live.end());
+  std::unordered_set<std::uint64_t> moved;
+  for (const BlockMove& move : moves) {
+    moved.insert(move.from);
+    if (!alive.contains(move.from)) {
+      fail("shrink: block " + std::to_string(move.from) + " is to move to " +
+           std::to_string(move.to) + " and is not live");
+    }
+    if (alive.contains(move.to)) {
+      fail("shrink: block " + std::to_string(move.from) + " is to move to " +
+           std::to_string(move.to) + ", which is live");
+    }
+  }
+  std::vector<std::uint64_t> stranded;
+  for (const std::uint64_t id : alive) {
+    if (id >= this->capacity()) {
+      throw Error(ErrorCode::not_resident, "shrink: live block " + std::to_string(id) +
+                                               " is not resident; resident are the ids below " +
+                                               std::to_string(this->capacity()));
+    }
+    if (id >= capacity && !moved.contains(id)) stranded.push_back(id);
+  }
+  if (!stranded.empty()) {
+    std::sort(stranded.begin(), stranded.end());
+    throw Error(ErrorCode::busy, "shrink to " + std::to_string(capacity) + ": " +
+                                     std::to_string(stranded.size()) +
+                                     " live blocks stand in the way: " + list_some(stranded));
+  }
+}
+
+void KVPool::copy_blocks_locked(std::span<const BlockMove> moves) {
+  if (moves.empty()) return;
+  std::vector<BlockMove> sorted(moves.begin(), moves.end());
+  std::sort(sorted.begin(), sorted.end(),
+            [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
+  for (const std::uint32_t index : held_stacks_locked()) {
+    std::byte* base = arenas_[index]->base();
+    const std::size_t stride = geometry_.stride(index);
+    for (std::size_t first = 0; first < sorted.size();) {
+      std::size_t last = first + 1;
+      while (last < sorted.size() && sorted[last].from == sorted[last - 1].from + 1 &&
+             sorted[last].to == sorted[last - 1].to + 1) {
+        ++last;
+      }
+      device()->copy(base + sorted[first].to * stride, base + sorted[first].from * stride,
+                     (last - first) * stride);
+      first = last;
+    }
+  }
+  device()->record()->wait(Deadline::after_seconds(kCopySeconds));
+}
+
+void KVPool::shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
+                    std::span<const BlockMove> moves,
+                    std::span<const std::shared_ptr<Event>> after) {
+  const std::lock_guard lock(mutex_);
+  check_usable_locked();
+  check_capacity("shrink", capacity);
+  const std::uint64_t before = this->capacity();
+  if (capacity > before) {
+    fail("shrink: capacity is " + std::to_string(capacity) + ", expected at most the present " +
+         std::to_string(before));
+  }
+  check_moves(moves, capacity);
+  check_live(capacity, live, moves);
+  const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
+  wait_for(after, deadline);
+  const Residency::Exclusive exclusive = residency_.exclude(deadline);
+  copy_blocks_locked(moves);
+  std::vector<Mapped> parts;
+  for (const std::uint32_t index : held_stacks_locked()) {
+    const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
+    const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
+    parts.push_back({arenas_[index].get(), new_bytes, old_bytes - new_bytes});
+  }
+  const std::vector<Removed> removed = unmap_all(parts);
+  capacity_.store(capacity, std::memory_order_release);
+  publish_limits_locked();
+}
+
+void KVPool::move_blocks(std::span<const BlockMove> moves) {
+  const std::lock_guard lock(mutex_);
+  check_usable_locked();
+  check_moves(moves, capacity());
+  copy_blocks_locked(moves);
+}
+
+std::uint64_t KVPool::bytes_needed(std::span<const std::uint32_t> layers,
+                                   std::uint64_t capacity) const {
+  check_capacity("bytes_needed", capacity);
+  return geometry_.bytes_needed(geometry_.stacks_of(layers, "layers", false), capacity);
+}
+
+std::uint64_t KVPool::blocks_that_fit(std::span<const std::uint32_t> layers,
+                                      std::uint64_t budget_bytes) const {
+  return geometry_.blocks_that_fit(geometry_.stacks_of(layers, "layers", false), budget_bytes);
+}
+
+void KVPool::close() {
+  const std::lock_guard lock(mutex_);
+  if (!closed()) {
+    const Residency::Exclusive exclusive =
+        residency_.exclude(Deadline::after_seconds(kFenceSeconds));
+    closed_.store(true, std::memory_order_release);
+    publish_limits_locked();
+  }
+  // Every arena is tried; one that fails is tried again by the next call, at last by its
+  // destructor.
+  std::exception_ptr failure;
+  for (const auto& arena : arenas_) {
+    try {
+      arena->close();
+    } catch (const std::exception&) {
+      if (failure == nullptr) failure = std::current_exception();
+    }
+  }
+  if (failure != nullptr) std::rethrow_exception(failure);
+  scratch_.reset();
+}
+
+}  // namespace pipelive

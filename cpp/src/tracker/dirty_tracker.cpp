@@ -1,0 +1,239 @@
+#include "pipelive/tracker/dirty_tracker.hpp"
+
+#include <new>
+#include <string>
+#include <utility>
+
+#include "pipelive/base/error.hpp"
+
+namespace pipelive {
+namespace {
+
+constexpr std::size_t kSpareLogs = 16;
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::invalid_argument, message);
+}
+
+std::uint64_t checked_slots(std::uint64_t num_slots) {
+  if (num_slots < 1 || num_slots > DirtyTracker::kMaxSlots) {
+    refuse("DirtyTracker: num_slots is " + std::to_string(num_slots) + ", expected 1 to " +
+           std::to_string(DirtyTracker::kMaxSlots));
+  }
+  return num_slots;
+}
+
+std::int64_t checked_first(const char* caller, std::int64_t next_seq) {
+  if (next_seq < 0) {
+    refuse(std::string(caller) + ": next_seq is " + std::to_string(next_seq) +
+           ", expected at least 0");
+  }
+  return next_seq;
+}
+
+SlotBitmap make_bitmap(std::uint64_t num_slots) {
+  try {
+    return SlotBitmap(num_slots);
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::out_of_memory, "DirtyTracker: no memory for the marks of " +
+                                              std::to_string(num_slots) + " slots (2 x " +
+                                              std::to_string(num_slots / 8) + " bytes)");
+  }
+}
+
+}  // namespace
+
+DirtyTracker::DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq)
+    : num_slots_(checked_slots(num_slots)),
+      drained_(make_bitmap(num_slots_)),
+      pending_(make_bitmap(num_slots_)),
+      first_seq_(checked_first("DirtyTracker", next_seq)),
+      next_seq_(next_seq) {
+  spare_logs_.reserve(kSpareLogs);
+}
+
+WriteLog DirtyTracker::take_log() {
+  if (spare_logs_.empty()) return WriteLog(num_slots_);
+  WriteLog log = std::move(spare_logs_.back());
+  spare_logs_.pop_back();
+  return log;
+}
+
+void DirtyTracker::keep_log(WriteLog&& log) noexcept {
+  if (spare_logs_.size() == kSpareLogs) return;
+  log.clear();
+  spare_logs_.push_back(std::move(log));
+}
+
+DirtyTracker::Step& DirtyTracker::find_open(const char* caller, std::int64_t seq) {
+  if (seq >= next_seq_ || seq < 0) {
+    refuse(std::string(caller) + ": step " + std::to_string(seq) + " was not opened, the next is " +
+           std::to_string(next_seq_));
+  }
+  if (seq < first_seq_ || steps_[static_cast<std::size_t>(seq - first_seq_)].sealed) {
+    refuse(std::string(caller) + ": step " + std::to_string(seq) + " is sealed already");
+  }
+  return steps_[static_cast<std::size_t>(seq - first_seq_)];
+}
+
+void DirtyTracker::open(std::int64_t seq) {
+  const std::lock_guard lock(mutex_);
+  if (seq != next_seq_) {
+    refuse("DirtyTracker.open: seq is " + std::to_string(seq) + ", expected " +
+           std::to_string(next_seq_) + "; steps are opened in order, without gaps");
+  }
+  if (steps_.size() >= kMaxOpenSteps) {
+    throw Error(ErrorCode::busy, "DirtyTracker.open: " + std::to_string(steps_.size()) +
+                                     " steps are logged and step " + std::to_string(first_seq_) +
+                                     ", the first of them, was never sealed");
+  }
+  steps_.push_back({WriteLog(num_slots_)});
+  steps_.back().log = take_log();
+  ++next_seq_;
+  ++open_steps_;
+}
+
+void DirtyTracker::record(std::int64_t seq, std::span<const std::int64_t> slots) {
+  const std::lock_guard lock(mutex_);
+  find_open("DirtyTracker.record", seq).log.add_slots("DirtyTracker.record", slots);
+}
+
+void DirtyTracker::record_ranges(std::int64_t seq, std::span<const SlotRange> ranges) {
+  const std::lock_guard lock(mutex_);
+  find_open("DirtyTracker.record_ranges", seq).log.add_ranges("DirtyTracker.record_ranges", ranges);
+}
+
+void DirtyTracker::record_blocks(std::int64_t seq, std::span<const std::int64_t> ids,
+                                 std::uint32_t block_size) {
+  const std::lock_guard lock(mutex_);
+  find_open("DirtyTracker.record_blocks", seq)
+      .log.add_blocks("DirtyTracker.record_blocks", ids, block_size);
+}
+
+void DirtyTracker::seal(std::int64_t seq) {
+  const std::lock_guard lock(mutex_);
+  find_open("DirtyTracker.seal", seq).sealed = true;
+  --open_steps_;
+  while (!steps_.empty() && steps_.front().sealed) {
+    WriteLog& log = steps_.front().log;
+    pending_slots_ += log.fold_into(pending_);
+    keep_log(std::move(log));
+    steps_.pop_front();
+    ++first_seq_;
+  }
+}
+
+template <typename Add>
+std::uint64_t DirtyTracker::add_external(Add&& add) {
+  WriteLog log(num_slots_);
+  add(log);
+  const std::lock_guard lock(mutex_);
+  externals_.emplace(next_token_, std::move(log));
+  return next_token_++;
+}
+
+std::uint64_t DirtyTracker::record_external(std::span<const std::int64_t> slots) {
+  return add_external([&](WriteLog& log) { log.add_slots("DirtyTracker.record_external", slots); });
+}
+
+std::uint64_t DirtyTracker::record_external_ranges(std::span<const SlotRange> ranges) {
+  return add_external(
+      [&](WriteLog& log) { log.add_ranges("DirtyTracker.record_external_ranges", ranges); });
+}
+
+std::uint64_t DirtyTracker::record_external_blocks(std::span<const std::int64_t> ids,
+                                                   std::uint32_t block_size) {
+  return add_external([&](WriteLog& log) {
+    log.add_blocks("DirtyTracker.record_external_blocks", ids, block_size);
+  });
+}
+
+void DirtyTracker::seal_external(std::uint64_t token) {
+  const std::lock_guard lock(mutex_);
+  const auto found = externals_.find(token);
+  if (found == externals_.end()) {
+    refuse("DirtyTracker.seal_external: token " + std::to_string(token) +
+           " was never given, is sealed already, or was dropped by a reset");
+  }
+  pending_slots_ += found->second.fold_into(pending_);
+  externals_.erase(found);
+}
+
+Collected DirtyTracker::collect() {
+  const std::lock_guard collecting(collect_mutex_);
+  Collected collected;
+  {
+    const std::lock_guard lock(mutex_);
+    std::swap(pending_, drained_);
+    collected.through_seq = first_seq_ - 1;
+    collected.num_slots = std::exchange(pending_slots_, 0);
+    collected.generation = ++generation_;
+    collected.open_externals = externals_.size();
+  }
+  try {
+    drained_.drain(collected.ranges);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    pending_slots_ += pending_.merge(drained_);
+    drained_.clear();
+    throw;
+  }
+  return collected;
+}
+
+void DirtyTracker::restore(std::span<const SlotRange> ranges) {
+  WriteLog log(num_slots_);
+  log.add_ranges("DirtyTracker.restore", ranges);
+  const std::lock_guard lock(mutex_);
+  pending_slots_ += log.fold_into(pending_);
+}
+
+void DirtyTracker::reset(std::int64_t next_seq) {
+  checked_first("DirtyTracker.reset", next_seq);
+  // A collect that is under way ends first, so that nothing of it comes back afterwards.
+  const std::lock_guard collecting(collect_mutex_);
+  const std::lock_guard lock(mutex_);
+  steps_.clear();
+  externals_.clear();
+  pending_.clear();
+  pending_slots_ = 0;
+  open_steps_ = 0;
+  first_seq_ = next_seq;
+  next_seq_ = next_seq;
+}
+
+std::int64_t DirtyTracker::next_seq() const {
+  const std::lock_guard lock(mutex_);
+  return next_seq_;
+}
+
+std::int64_t DirtyTracker::sealed_through() const {
+  const std::lock_guard lock(mutex_);
+  return first_seq_ - 1;
+}
+
+std::uint64_t DirtyTracker::pending_slots() const {
+  const std::lock_guard lock(mutex_);
+  return pending_slots_;
+}
+
+std::uint64_t DirtyTracker::open_steps() const {
+  const std::lock_guard lock(mutex_);
+  return open_steps_;
+}
+
+std::uint64_t DirtyTracker::open_externals() const {
+  const std::lock_guard lock(mutex_);
+  return externals_.size();
+}
+
+std::uint64_t DirtyTracker::memory_bytes() const {
+  const std::lock_guard lock(mutex_);
+  std::uint64_t bytes = 2 * pending_.bytes();
+  for (const Step& step : steps_) bytes += step.log.bytes();
+  for (const auto& [token, log] : externals_) bytes += log.bytes();
+  for (const WriteLog& log : spare_logs_) bytes += log.bytes();
+  return bytes;
+}
+
+}  // namespace pipelive

@@ -1,0 +1,51 @@
+#include "pipelive/cuda/fatbin.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "pipelive/base/error.hpp"
+
+namespace pipelive::cuda {
+namespace {
+
+TEST(FatbinTest, EveryKernelFileIsWholeOrNoneIsThere) {
+  EXPECT_EQ(fatbins().empty(), fatbin_archs().empty());
+  EXPECT_EQ(fatbins().empty(), fatbin_compiler().empty());
+  for (const Fatbin& entry : fatbins()) {
+    SCOPED_TRACE(std::string(entry.name));
+    // A fatbin begins with a magic number, then versions and header size, then the size of the
+    // rest.
+    constexpr std::uint32_t kMagic = 0xBA55ED50;
+    struct {
+      std::uint32_t magic;
+      std::uint16_t version;
+      std::uint16_t header_bytes;
+      std::uint64_t body_bytes;
+    } header{};
+    ASSERT_GT(entry.bytes.size(), sizeof header);
+    std::memcpy(&header, entry.bytes.data(), sizeof header);
+    EXPECT_EQ(header.magic, kMagic);
+    EXPECT_EQ(header.header_bytes + header.body_bytes, entry.bytes.size());
+    EXPECT_EQ(&fatbin(entry.name), &entry);
+  }
+}
+
+TEST(FatbinTest, KernelsThatAreMissingAreNamed) {
+  try {
+    (void)fatbin("no_such_file");
+    FAIL() << "no error was raised";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::device);
+    EXPECT_THAT(error.what(), ::testing::HasSubstr("no_such_file"));
+    if (fatbins().empty()) {
+      EXPECT_THAT(error.what(), ::testing::HasSubstr("without nvcc"));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pipelive::cuda

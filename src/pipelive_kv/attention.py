@@ -1,0 +1,186 @@
+"""Append to a paged KV cache, and attention over it, on the CPU.
+
+Both work on any KV tensor ``[block, kv_head, 2, token, head_dim]`` (keys at index 0 of the third
+axis, values at 1): a layer of a :class:`~pipelive_kv.kv.KVPool`, or any tensor with ``__dlpack__``
+whose last axis is contiguous, in whatever memory order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, TypeVar, overload
+
+from pipelive_kv import _core
+
+__all__ = ["append", "available_isas", "paged_attention"]
+
+
+class Tensor(Protocol):
+    """What lends its memory through DLPack: torch and numpy arrays, layer views."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> Any: ...
+
+
+Array = TypeVar("Array", bound=Tensor)
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor can run, slowest first.
+
+    A subset of ``portable``, ``avx2``, ``avx512`` and ``avx512_bf16``; the last one is used where
+    ``isa`` is not given.
+    """
+    return tuple(_core.attention_isas())
+
+
+def append(
+    kv: Tensor, key: Tensor, value: Tensor, slots: Tensor, *, isa: str | None = None
+) -> None:
+    """Write the keys and values of tokens to their slots.
+
+    Args:
+        kv: the cache, ``[blocks, kv_heads, 2, block_size, head_dim]``; float32, float16 or
+            bfloat16; head_dim a multiple of 8 up to 256.
+        key: ``[tokens, kv_heads, head_dim]``, last axis contiguous; the dtype of ``kv``, or
+            float32, which is rounded to nearest even.
+        value: like ``key``.
+        slots: int64 ``[tokens]``; ``block_id * block_size + offset``, or -1 to skip the token. Of
+            two tokens with one slot the later stays.
+        isa: one of :func:`available_isas`; for tests.
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes do not agree, a slot lies outside of ``kv``, or
+            memory overlaps. Nothing is written.
+        NotResidentError: a slot's block is not mapped. Nothing is written.
+    """
+    _core.attention_append(kv, key, value, slots, isa)
+
+
+@overload
+def paged_attention(
+    query: Array,
+    kv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    query_start: Tensor | None = ...,
+    window: int = ...,
+    soft_cap: float = ...,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    block_map: Tensor | None = ...,
+    threads: int | None = ...,
+    isa: str | None = ...,
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    query: Array,
+    kv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    query_start: Tensor | None = ...,
+    window: int = ...,
+    soft_cap: float = ...,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    block_map: Tensor | None = ...,
+    threads: int | None = ...,
+    isa: str | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def paged_attention(
+    query: Array,
+    kv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    query_start: Tensor | None = None,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    out: Array | None = None,
+    return_lse: bool = False,
+    block_map: Tensor | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Causal attention of the last tokens of sequences over their paged KV.
+
+    A token's result depends bit for bit on its query, the KV it attends to and its position alone:
+    not on ``threads``, the other sequences, the chunk it comes in, block ids or memory order.
+
+    Args:
+        query: ``[tokens, q_heads, head_dim]``, the sequences one after the other; the dtype of
+            ``kv``, or float32; q_heads a multiple of kv_heads.
+        kv: the cache, see :func:`append`; the KV of the query tokens is in it already.
+        block_tables: int32 ``[seqs, max_blocks]``. Only entries whose block holds a token that is
+            attended to are looked at.
+        seq_lens: int32 ``[seqs]``, query tokens included; 0 for an empty sequence.
+        scale: of the scores, as in ``1 / sqrt(head_dim)``.
+        query_start: int32 ``[seqs + 1]``, ascending from 0: sequence i has the query rows from
+            ``query_start[i]`` to ``query_start[i + 1]``. None: one row each.
+        window: a token attends to itself and the ``window - 1`` before it; 0: to all before it.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
+        out: where the result goes, like ``query``; may be ``query`` itself. None: a new array.
+        return_lse: also return the natural log-sum-exp of the scores.
+        block_map: int32; entry i is the physical block of block id i. None: the identity.
+        threads: how many to use at most, 1 to 1024. None: as many as the process may.
+        isa: one of :func:`available_isas`; for tests.
+
+    Returns:
+        The result, of ``query``'s kind (torch or numpy), shape and dtype; with ``return_lse`` also
+        a float32 array ``[tokens, q_heads]``. Rows of empty sequences and rows behind the last
+        sequence are 0, with a log-sum-exp of -inf.
+
+    Raises:
+        InvalidArgumentError: an argument's shape, dtype or value is out of range; the message names
+            it. Nothing is written.
+        NotResidentError: a block that would be read is not mapped. Nothing is written.
+        TypeError: an argument lends no memory, or ``query`` is neither torch nor numpy and ``out``
+            or the log-sum-exp would have to be made.
+    """
+    if out is None:
+        out = _empty_like(query, float32=False)
+    lse = _empty_like(query, float32=True) if return_lse else None
+    _core.attention_forward(
+        query,
+        kv,
+        block_tables,
+        seq_lens,
+        out,
+        lse,
+        scale,
+        query_start,
+        window,
+        soft_cap,
+        block_map,
+        threads,
+        isa,
+    )
+    return out if lse is None else (out, lse)
+
+
+def _empty_like(query: Any, *, float32: bool) -> Any:
+    """A new array of query's kind: its shape and dtype, or its first two axes in float32."""
+    kind = type(query)
+    module = kind.__module__.partition(".")[0]
+    shape = tuple(query.shape[:2]) if float32 else tuple(query.shape)
+    if module == "torch" or any(base.__module__ == "torch" for base in kind.__mro__):
+        import torch  # noqa: PLC0415  the caller has it, and only then is it needed
+
+        return query.new_empty(shape, dtype=torch.float32 if float32 else query.dtype)
+    if module == "numpy":
+        import numpy as np  # noqa: PLC0415
+
+        return np.empty(shape, dtype=np.float32 if float32 else query.dtype)
+    raise TypeError(
+        f"query is a {kind.__module__}.{kind.__qualname__}, expected a torch tensor or "
+        "a numpy array"
+    )

@@ -1,0 +1,239 @@
+"""The write log of one stage: which slots were written and have not been copied yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+
+from pipelive_kv import _core
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+class SupportsDLPack(Protocol):
+    """A tensor of any library that speaks DLPack; it must lie in host memory here."""
+
+    def __dlpack__(self) -> Any:
+        """Return the tensor's capsule."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the kind and the number of the tensor's device."""
+
+
+Integers: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]] | SupportsDLPack"
+"""One-dimensional integers; a contiguous int64 array or tensor is read without a copy."""
+
+Ranges: TypeAlias = "npt.NDArray[np.uint64]"
+"""Slot ranges as uint64 [n, 2]: the first slot and the number of slots.
+
+A *normal* array is sorted, and its ranges are not empty, do not overlap and do not touch.
+"""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one collect took out of a tracker."""
+
+    ranges: Ranges
+    """Normal ranges of the slots written."""
+    through_seq: int
+    """Every write of every step up to this one was collected; -1 before step 0."""
+    num_slots: int
+    """Slots in `ranges`."""
+    generation: int
+    """Strictly rises with every collect of a tracker, whether or not `through_seq` does."""
+    open_externals: int
+    """External writes that were recorded but not sealed when this was collected."""
+
+
+class DirtyTracker:
+    """The write log of one stage: which slots were written and have not been copied yet.
+
+    Steps are opened in the order of their numbers, without gaps; several may be open at a time,
+    from several threads, and they may be sealed in any order. Only the longest prefix of sealed
+    steps is collected, so `Collected.through_seq` is exact. Writers that are not steps record their
+    slots for a token and seal the token; the last collect of a migration must see no open external.
+
+    A writer that failed half-way is sealed all the same: its slots are then copied once too often.
+    Memory is bounded whether or not anyone collects. Thread-safe; a call that raises leaves the
+    tracker as it was.
+
+    Args:
+        num_slots: slots are numbered 0 to num_slots - 1; at most 2**36.
+        next_seq: the number of the first step.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range.
+        OutOfMemoryError: there is no memory for the marks (num_slots / 4 bytes).
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(self, num_slots: int, *, next_seq: int = 0) -> None:
+        self._core = _core.DirtyTracker(num_slots, next_seq)
+
+    def open(self, seq: int) -> None:
+        """Begin the log of step `seq`.
+
+        Raises:
+            InvalidArgumentError: `seq` is not `next_seq`.
+            BusyError: 65,536 steps are logged because one of them was never sealed.
+        """
+        self._core.open(seq)
+
+    def record(self, seq: int, slots: Integers) -> None:
+        """Add slots to the open step `seq`: any order, repeats allowed, -1 (a padded row) skipped.
+
+        Raises:
+            InvalidArgumentError: the step is not open, or a slot (named) is out of range.
+        """
+        self._core.record(seq, slots)
+
+    def record_ranges(self, seq: int, ranges: Ranges) -> None:
+        """Add slot ranges, in any order, to the open step `seq`; raises as `record` does."""
+        self._core.record_ranges(seq, ranges)
+
+    def record_blocks(self, seq: int, ids: Integers, block_size: int) -> None:
+        """Add all slots of the blocks `ids` to the open step `seq`; raises as `record` does."""
+        self._core.record_blocks(seq, ids, block_size)
+
+    def seal(self, seq: int) -> None:
+        """Say that the device has completed the open step `seq`.
+
+        Raises:
+            InvalidArgumentError: the step was not opened, or is sealed already.
+        """
+        self._core.seal(seq)
+
+    def record_external(self, slots: Integers) -> int:
+        """Begin a log outside the steps and return its token, which is never given twice.
+
+        Raises:
+            InvalidArgumentError: a slot (named) is out of range.
+        """
+        token: int = self._core.record_external(slots)
+        return token
+
+    def record_external_ranges(self, ranges: Ranges) -> int:
+        """Begin a log of slot ranges outside the steps, as `record_external` does."""
+        token: int = self._core.record_external_ranges(ranges)
+        return token
+
+    def record_external_blocks(self, ids: Integers, block_size: int) -> int:
+        """Begin a log of whole blocks outside the steps, as `record_external` does."""
+        token: int = self._core.record_external_blocks(ids, block_size)
+        return token
+
+    def seal_external(self, token: int) -> None:
+        """Say that the external writes of `token` are complete; the token is used up.
+
+        Raises:
+            InvalidArgumentError: the token was never given, is used up, or fell to a reset.
+        """
+        self._core.seal_external(token)
+
+    def collect(self) -> Collected:
+        """Take the sealed writes since the last collect; concurrent collects take turns."""
+        return Collected(*self._core.collect())
+
+    def restore(self, ranges: Ranges) -> None:
+        """Put ranges back that were collected but could not be sent.
+
+        Raises:
+            InvalidArgumentError: a range (named) is not within the slots.
+        """
+        self._core.restore(ranges)
+
+    def reset(self, next_seq: int) -> None:
+        """Forget every step, external and mark; the next step to open is `next_seq`.
+
+        Raises:
+            InvalidArgumentError: `next_seq` is negative.
+        """
+        self._core.reset(next_seq)
+
+    @property
+    def num_slots(self) -> int:
+        """The number of slots."""
+        value: int = self._core.num_slots
+        return value
+
+    @property
+    def next_seq(self) -> int:
+        """The number that the next `open` must give."""
+        value: int = self._core.next_seq
+        return value
+
+    @property
+    def sealed_through(self) -> int:
+        """Every step up to this one is sealed; one less than the first step's number at first."""
+        value: int = self._core.sealed_through
+        return value
+
+    @property
+    def pending_slots(self) -> int:
+        """Slots that a collect would take now."""
+        value: int = self._core.pending_slots
+        return value
+
+    @property
+    def open_steps(self) -> int:
+        """Steps opened and not sealed."""
+        value: int = self._core.open_steps
+        return value
+
+    @property
+    def open_externals(self) -> int:
+        """External writes recorded and not sealed."""
+        value: int = self._core.open_externals
+        return value
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held by marks and logs."""
+        value: int = self._core.memory_bytes
+        return value
+
+
+def merge_ranges(ranges: Ranges) -> Ranges:
+    """Return the same slots as normal ranges; `ranges` may overlap, in any order.
+
+    Raises:
+        InvalidArgumentError: a range (named) passes 2**64.
+    """
+    merged: Ranges = _core.merge_ranges(ranges)
+    return merged
+
+
+def ranges_of_blocks(ids: Integers, block_size: int) -> Ranges:
+    """Return the slots of the blocks `ids`, in any order with repeats, as normal ranges.
+
+    Raises:
+        InvalidArgumentError: an id (named) is negative, or the block size is 0.
+    """
+    ranges: Ranges = _core.ranges_of_blocks(ids, block_size)
+    return ranges
+
+
+def intersect_ranges(a: Ranges, b: Ranges) -> Ranges:
+    """Return the slots that are in both, as normal ranges.
+
+    Raises:
+        InvalidArgumentError: an argument is not normal; its first offender is named.
+    """
+    both: Ranges = _core.intersect_ranges(a, b)
+    return both
+
+
+def blocks_touched(ranges: Ranges, block_size: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the blocks that hold any of the slots: int64 [n], ascending, each once.
+
+    Raises:
+        InvalidArgumentError: `ranges` is not normal, or the block size is 0.
+    """
+    ids: npt.NDArray[np.int64] = _core.blocks_touched(ranges, block_size)
+    return ids

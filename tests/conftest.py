@@ -1,0 +1,60 @@
+"""Settings that all tests share: Hypothesis profiles, and what a test needs to be run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from pipelive_kv.build_info import build_info
+
+# Deadlines are off: machines that run tests are shared, so a slow example says nothing.
+_SHARED = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("ci", max_examples=40, stateful_step_count=30, **_SHARED)
+settings.register_profile("dev", max_examples=100, **_SHARED)
+settings.register_profile("thorough", max_examples=2000, stateful_step_count=100, **_SHARED)
+# Without shrinking, a failure shows the example as it was found; for tests that are slow to repeat.
+settings.register_profile(
+    "no-shrink", max_examples=100, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_SHARED
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose profile and seed before Hypothesis' own plugin reads them."""
+    profile = (
+        config.getoption("--hypothesis-profile")
+        or os.environ.get("HYPOTHESIS_PROFILE")
+        or ("ci" if os.environ.get("CI") else "dev")
+    )
+    settings.load_profile(profile)
+    config.option.hypothesis_profile = profile
+    # Known failures are replayed from Hypothesis' database only while no seed is forced, which is
+    # what a developer wants; elsewhere a seed makes the run repeatable.
+    if profile != "dev" and config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(secrets.randbelow(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say how to repeat this run's random choices."""
+    profile = config.getoption("--hypothesis-profile")
+    seed = config.getoption("--hypothesis-seed")
+    chosen = f"--hypothesis-profile={profile}"
+    return f"repeat with: {chosen}" + ("" if seed is None else f" --hypothesis-seed={seed}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where no device can be used, saying what is missing."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    missing = build_info().cuda_missing
+    if missing:
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {missing}"))
