@@ -62,6 +62,7 @@ def recorder(switches: list[tuple[str, str, Placement, Placement, int]], steps: 
     epochs = {step: epoch for epoch, (*_, step) in enumerate(switches, 1)}
     epoch, placement = 0, OLD
     free = [now, now]
+    done = [now, now]
     for seq in range(steps):
         if seq in epochs:
             epoch = epochs[seq]
@@ -77,10 +78,11 @@ def recorder(switches: list[tuple[str, str, Placement, Placement, int]], steps: 
         ready = free[0]
         for rank in range(2):
             seconds = STEP * (0.3 + placement.counts[rank] / 20) * draw.uniform(0.9, 1.1)
-            begin = max(free[rank], ready)
+            begin = max(free[rank], ready, done[seq % 2])
             stages.append(StageTimes(rank, begin, begin, begin + seconds, 0.0,
                                      placement.counts[rank]))  # fmt: skip
             free[rank] = ready = begin + seconds
+        done[seq % 2] = ready
         if kind == "decode":
             for request in range(seq % 2, REQUESTS, 2):
                 made.on_token(request, 100 + seq, ready)
@@ -90,7 +92,7 @@ def recorder(switches: list[tuple[str, str, Placement, Placement, int]], steps: 
             made.samples.append(Sample(ready, tuple(
                 Progress(rank=rank, epoch=epoch, seq=seq, rounds=0, bytes_sent=0,
                          lag_steps=draw.randrange(6) if moving else 0,
-                         used_bytes=(placement.counts[rank] + (10 if moving and rank else 0)) * 24 << 20,
+                         used_bytes=(20 if moving else placement.counts[rank]) * 24 << 20,
                          held_bytes=500 << 20, peak_bytes=480 << 20, capacity=200)
                 for rank in range(2)
             )))  # fmt: skip

@@ -54,7 +54,7 @@ class LiveView(View):
         self._lines: deque[str] = deque(maxlen=LINES)
         self._decode: Callable[[list[int]], str] = lambda tokens: " ".join(map(str, tokens))
         self._live = Live(
-            console=console, get_renderable=self._render, refresh_per_second=8, transient=True
+            console=console, get_renderable=self.picture, refresh_per_second=8, transient=True
         )
         self._live.start()
 
@@ -132,7 +132,8 @@ class LiveView(View):
 
     # -- picture -----------------------------------------------------------------------------------
 
-    def _render(self) -> RenderableType:
+    def picture(self) -> RenderableType:
+        """What is shown at this moment."""
         with self._lock:
             parts: list[RenderableType] = [self._stage_table(), self._move_lines()]
             if self._tokens:
