@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="pipelive-kv",
         description="KV-cache and live layer migration runtime for pipeline-parallel LLM serving.",
     )
-    parser.add_argument("--version", action="version", version=f"pipelive-kv {build_info().version}")
+    parser.add_argument(
+        "--version", action="version", version=f"pipelive-kv {build_info().version}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="show how the library was built")
     demo = commands.add_parser(

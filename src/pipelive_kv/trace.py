@@ -160,6 +160,4 @@ class Trace:
         return (at_ns - self._start_ns) / 1e3
 
     def _name(self, kind: str, process: int, thread: int, about: dict[str, Any]) -> None:
-        self._events.append(
-            {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": about}
-        )
+        self._events.append({"ph": "M", "name": kind, "pid": process, "tid": thread, "args": about})

@@ -27,7 +27,9 @@ def ns(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-def report(epoch: int, old: Placement, new: Placement, start: float, step: int, at: float) -> Report:
+def report(
+    epoch: int, old: Placement, new: Placement, start: float, step: int, at: float
+) -> Report:
     moves = tuple(old.moves_to(new))
     found = Report(epoch, old, new, moves, step=step, capacity_before=200, capacity_during=180,
                    capacity_after=200)  # fmt: skip

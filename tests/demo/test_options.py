@@ -82,7 +82,7 @@ def test_refuses_by_name(arguments, option, value, expected, capsys):
 
 def test_refuses_an_out_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OptionError, match="--out is .*expected a folder"):
+    with pytest.raises(OptionError, match=r"--out is .*expected a folder"):
         parse(["--out", str(tmp_path / "file")])
 
 

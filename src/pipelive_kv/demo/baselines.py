@@ -26,9 +26,7 @@ class Baselines:
     restart: RestartReport
 
 
-def stop_and_copy_then_restart(
-    engine: Engine, setup: Setup, pace: Pace, view: View
-) -> Baselines:
+def stop_and_copy_then_restart(engine: Engine, setup: Setup, pace: Pace, view: View) -> Baselines:
     """Move layers with the engine held, then end its processes and start new ones.
 
     The requests are those that were there from the start, and both happen about where the live move

@@ -123,9 +123,7 @@ def gap_table(gaps: Sequence[Gap]) -> GapTable:
     """The gaps by kind."""
     by_kind = {
         kind: spread(
-            gap
-            for gap in gaps
-            if gap.kind == kind and (kind == "prefill" or not gap.with_prefill)
+            gap for gap in gaps if gap.kind == kind and (kind == "prefill" or not gap.with_prefill)
         )
         for kind in KINDS
     }

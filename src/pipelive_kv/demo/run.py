@@ -64,9 +64,7 @@ def run_demo(options: DemoOptions, view: View) -> DemoReport:
     with Engine(setup.config_with(setup.source)) as engine:
         view.on_run("unmoved run", engine.pids, len(setup.requests))
         unmoved = unmoved_run(engine, setup, moved.arrivals, view)
-    findings = Findings(
-        options, setup, moved, baselines, unmoved, time.monotonic() - started
-    )
+    findings = Findings(options, setup, moved, baselines, unmoved, time.monotonic() - started)
     report = report_of(findings)
     write(report, findings, options.out)
     return report

@@ -81,9 +81,7 @@ class ScriptedRun:
         self.recorder.started = time.monotonic()
         with Sampler(self.engine.coordinator, self.recorder, self.view.on_sample):
             try:
-                self.engine.run(
-                    until=self._is_over, on_token=self._on_token, on_step=self._on_step
-                )
+                self.engine.run(until=self._is_over, on_token=self._on_token, on_step=self._on_step)
             finally:
                 self.recorder.ended = time.monotonic()
         return Outcome(self.recorder, self.engine.pids)
@@ -198,9 +196,7 @@ def moved_run(engine: Engine, setup: Setup, pace: Pace, view: View) -> Outcome:
     return outcome
 
 
-def unmoved_run(
-    engine: Engine, setup: Setup, arrivals: list[Arrival], view: View
-) -> Outcome:
+def unmoved_run(engine: Engine, setup: Setup, arrivals: list[Arrival], view: View) -> Outcome:
     """The same requests, arriving at the same steps, without any reconfiguration."""
     run = ScriptedRun(engine, view)
     steps = {arrival.request: arrival.step for arrival in arrivals}

@@ -77,9 +77,7 @@ def prepare(options: DemoOptions, say: Callable[[str], None]) -> Setup:
     source, target = options.placements(model.num_layers)
     encode, decode = _tokenizer(folder)
     prompts = prompt_tokens(options.requests, encode, model.vocab_size)
-    requests = tuple(
-        Request(prompt, options.new_tokens, stop_at_eos=False) for prompt in prompts
-    )
+    requests = tuple(Request(prompt, options.new_tokens, stop_at_eos=False) for prompt in prompts)
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
@@ -145,12 +143,15 @@ def _tokenizer(
     except (OSError, ValueError, KeyError):
         return None, lambda tokens: " ".join(map(str, tokens))
 
+    is_chat = bool(tokenizer.chat_template)
+
     def encode(text: str) -> list[int]:
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        if is_chat:
+            chat = [{"role": "user", "content": text}]
+            text = str(
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             )
-        return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -13,7 +13,10 @@ from pipelive_kv.demo.scenario import Outcome
 
 STEP_COLORS = {"decode": "#4c78a8", "prefill": "#f2b447", "empty": "#c9c9c9"}
 LIVE, NOOP, HELD = "#d1495b", "#8d99a6", "#7b4fa3"
-STAGE_COLORS = ("#2a7f9e", "#e07b39", "#5b8c5a", "#8a5aa8", "#b0413e", "#6b7a8f", "#c2a83e", "#444444")
+STAGE_COLORS = (
+    *("#2a7f9e", "#e07b39", "#5b8c5a", "#8a5aa8"),
+    *("#b0413e", "#6b7a8f", "#c2a83e", "#444444"),
+)
 PHASE_COLORS = {
     "planned": "#dfe5ea",
     "admitted": "#c4d3de",
@@ -26,16 +29,14 @@ PHASE_COLORS = {
 INK, FAINT = "#20262d", "#6a737d"
 
 
-def draw_timeline(
-    report: DemoReport, moved: Outcome, baselines: Baselines, path: Path
-) -> None:
+def draw_timeline(report: DemoReport, moved: Outcome, baselines: Baselines, path: Path) -> None:
     """Draw the picture and write it as a PNG of about 2000 x 1700 pixels."""
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    style = {
+    style: Any = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -126,9 +127,7 @@ def _overview(axis: Any, report: DemoReport, recorder: Recorder) -> None:
     _legend(axis)
 
 
-def _zooms(
-    figure: Any, grid: Any, report: DemoReport, moved: Recorder, held: Recorder
-) -> None:
+def _zooms(figure: Any, grid: Any, report: DemoReport, moved: Recorder, held: Recorder) -> None:
     """The same stretch of time around three switchovers."""
     chosen: list[tuple[str, str, Recorder, Switchover]] = []
     noop = [s for s in moved.switchovers if s.mode == "no-op"]

@@ -21,9 +21,7 @@ def trace_of(moved: Outcome, baselines: Baselines, unmoved: Outcome) -> Trace:
         ("stop-and-copy", baselines.recorder),
         ("unmoved run", unmoved.recorder),
     ):
-        trace.span(
-            trace.track("demo", "runs"), title, _ns(recorder.started), _ns(recorder.ended)
-        )
+        trace.span(trace.track("demo", "runs"), title, _ns(recorder.started), _ns(recorder.ended))
         add_run(trace, recorder)
     return trace
 
@@ -58,11 +56,12 @@ def add_run(trace: Trace, recorder: Recorder) -> None:
             step=token.seq,
         )
     for sample in recorder.samples:
-        for stage in sample.stages:
-            process, at = f"stage {stage.rank}", _ns(sample.at)
-            trace.counter(process, "memory MiB", at, {"used": stage.used_bytes / 2**20})
-            trace.counter(process, "lag steps", at, {"lag": stage.lag_steps})
-            trace.counter(process, "resident blocks", at, {"blocks": stage.capacity})
+        at = _ns(sample.at)
+        for progress in sample.stages:
+            process = f"stage {progress.rank}"
+            trace.counter(process, "memory MiB", at, {"used": progress.used_bytes / 2**20})
+            trace.counter(process, "lag steps", at, {"lag": progress.lag_steps})
+            trace.counter(process, "resident blocks", at, {"blocks": progress.capacity})
 
 
 def _ns(seconds: float) -> int:
