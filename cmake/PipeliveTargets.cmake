@@ -7,7 +7,8 @@ if(PIPELIVE_WERROR)
 endif()
 if(PIPELIVE_SANITIZE)
   target_compile_options(pipelive_flags INTERFACE -fsanitize=${PIPELIVE_SANITIZE}
-                                                 -fno-omit-frame-pointer)
+                                                 -fno-omit-frame-pointer
+                                                 -fno-sanitize-recover=all)
   target_link_options(pipelive_flags INTERFACE -fsanitize=${PIPELIVE_SANITIZE})
 endif()
 

@@ -272,16 +272,13 @@ void BlockAllocator::raise_capacity(std::int64_t capacity) {
 std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
   const std::lock_guard lock(mutex_);
   require_between("BlockAllocator.plan_shrink", "capacity", capacity, 1, capacity_);
-  if (planned_capacity_) {
-    throw Error(ErrorCode::busy, "BlockAllocator.plan_shrink: a shrink to " +
-                                     std::to_string(*planned_capacity_) + " blocks is planned");
-  }
   std::vector<BlockMove> moves;
   std::int64_t quarantined_below = 0;
-  std::int64_t free_below = 0;
+  std::int64_t free_below = 0;  // counting what an earlier plan withholds
   for (std::int64_t id = 0; id < capacity; ++id) {
-    quarantined_below += at(id).state == State::quarantined ? 1 : 0;
-    free_below += at(id).state == State::free ? 1 : 0;
+    const State state = at(id).state;
+    quarantined_below += state == State::quarantined ? 1 : 0;
+    free_below += state == State::free || state == State::withheld ? 1 : 0;
   }
   for (std::int64_t id = capacity; id < capacity_; ++id) {
     if (at(id).state == State::live) moves.push_back({id, 0});
@@ -295,6 +292,7 @@ std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
                     std::to_string(capacity) + " blocks");
   }
   std::vector<BlockMove> planned = moves;  // the last allocation: nothing fails from here on
+  drop_plan();
   for (std::size_t i = 0; i < planned.size(); ++i) {
     const std::uint64_t target = free_.lowest();
     free_.erase(target);
@@ -385,6 +383,10 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const BlockMo
 
 void BlockAllocator::cancel_shrink() {
   const std::lock_guard lock(mutex_);
+  drop_plan();
+}
+
+void BlockAllocator::drop_plan() noexcept {
   if (!planned_capacity_) return;
   const std::int64_t first = *planned_capacity_;
   planned_capacity_.reset();
