@@ -141,6 +141,7 @@ class PagedCache(Cache):
             batch.block_tables,
             batch.seq_lens,
             query_start=batch.query_start,
+            threads=torch.get_num_threads(),
             **options,
         )
         result: torch.Tensor = out

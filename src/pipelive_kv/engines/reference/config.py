@@ -52,6 +52,8 @@ class EngineConfig:
         threads: of each stage process for computing.
         reconfigurable: whether `Engine.reconfigure` may be called.
         transport: how KV travels between stages: "auto", "shm" or "tcp".
+        start_method: of the stage processes. "forkserver" imports torch once for all engines of a
+            process, "spawn" once per stage.
         record_dir: where decisions are recorded; None: in a folder that goes with the engine.
         start_timeout: seconds for all stages to come up.
         step_timeout: seconds for a step to come back.
@@ -76,6 +78,7 @@ class EngineConfig:
     threads: int = 1
     reconfigurable: bool = True
     transport: str = "auto"
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
     record_dir: Path | str | None = None
     start_timeout: float = 120.0
     step_timeout: float = 60.0

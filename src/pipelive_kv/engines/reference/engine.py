@@ -237,7 +237,7 @@ class Engine:
         scheduler, stages = self.scheduler, self._stages
         assert stages is not None  # noqa: S101 - for the type checker: set while open
         while not self._batcher.is_busy(scheduler.next_seq):
-            if self._batcher.is_idle and not self._issued and not scheduler.wants_step:
+            if self._batcher.is_idle and not scheduler.wants_step:
                 return
             stages.check()
             stamp = scheduler.stamp()

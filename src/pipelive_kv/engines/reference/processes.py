@@ -62,9 +62,9 @@ class StageProcesses:
             socket = self._context.socket(zmq.PUSH)
             socket.bind(steps_address(directory, launch.rank))
             self._steps.append(socket)
-        spawn = multiprocessing.get_context("spawn")
+        start = _start_context(launches[0].config.start_method)
         self._processes: list[BaseProcess] = [
-            spawn.Process(
+            start.Process(
                 target=main, args=(launch,), name=f"pipelive-stage-{launch.rank}", daemon=True
             )
             for launch in launches
@@ -190,6 +190,14 @@ class StageProcesses:
     def _fail(self, failure: EngineFailedError) -> None:
         self._failure = failure
         self._events.put(failure)
+
+
+def _start_context(method: str) -> Any:
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        # The server only imports; no thread of torch runs yet when a stage is forked off.
+        context.set_forkserver_preload(["pipelive_kv.engines.reference.worker_imports"])
+    return context
 
 
 def _exit(code: int | None) -> str:
