@@ -195,7 +195,7 @@ class LiveView(View):
         for phase in SHOWN_PHASES:
             current = phase is self._phase
             text.append(f" {phase.value} ", style="bold reverse red" if current else "grey50")
-            text.append(" " if phase is SHOWN_PHASES[-1] else "›", style="grey37")
+            text.append(" " if phase is SHOWN_PHASES[-1] else ">", style="grey37")
         rounds = sum(stage.rounds for stage in self._stages)
         sent = sum(stage.bytes_sent for stage in self._stages) / 1e6
         lag = self._lags[-1] if self._lags else 0

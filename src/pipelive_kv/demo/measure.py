@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def gaps_of(recorder: Recorder) -> list[Gap]:
     found: list[Gap] = []
     for request in recorder.requests:
         tokens = recorder.tokens_of(request)
-        for last, token in zip(tokens, tokens[1:], strict=False):
+        for last, token in itertools.pairwise(tokens):
             first = bisect.bisect_left(starts, last.at - longest)
             shared = any(
                 end > last.at and start < token.at

@@ -66,7 +66,7 @@ def prepare(options: DemoOptions, say: Callable[[str], None]) -> Setup:
             folder = smollm2()
         except (FileNotFoundError, ImportError) as error:
             raise OptionError(
-                f"--model is not given, and the model that the demo brings along is missing: {error}"
+                f"--model is not given; expected it, or the model the demo brings along: {error}"
             ) from error
     try:
         model = TransformersModel(folder, dtype=DTYPE)
