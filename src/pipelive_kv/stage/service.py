@@ -86,7 +86,7 @@ class StageService:
             case Arm():
                 return self._arm(request)
             case Commit():
-                self._session(request.epoch).commit()
+                self._session(request.epoch).commit(request.step)
                 return Done()
             case AwaitSwitched():
                 return self._await_switched(request)

@@ -63,14 +63,15 @@ class StageSession:
     def switch(self, step: int) -> None:
         """Called in the engine's thread before step ``step``, the first of the new placement."""
         self.switch_step = step
-        if self.source is not None:
-            self.source.commit()
-            self.source.switch(step)
+        self.commit(step)
 
-    def commit(self) -> None:
-        """The epoch is committed; its first step may come at any time."""
+    def commit(self, step: int) -> None:
+        """The epoch is committed and begins with step ``step``, whenever that comes.
+
+        A target before its source in the pipeline needs the tail before the source sees that step.
+        """
         if self.source is not None:
-            self.source.commit()
+            self.source.commit(step)
 
     def switched(self, last_old_end_ns: int, first_new_start_ns: int, activate_s: float) -> None:
         """Note what the activation cost."""

@@ -51,7 +51,7 @@ class SourceSession:
 
     The patch thread runs: the bulk of the live blocks first, then rounds that carry what the steps
     sealed since have written. It goes on after it has converged, so that each step's slots are on
-    their way as soon as the step is complete, until :meth:`switch` names the last step it has to
+    their way as soon as the step is complete, until :meth:`commit` names the last step it has to
     send; with that step's writes applied at every target, the tail is over.
     """
 
@@ -108,20 +108,18 @@ class SourceSession:
             self._shared.sealed = seq
             self._lock.notify_all()
 
-    def switch(self, step: int) -> None:
-        """Tell, before step ``step`` writes anything, that it runs the new placement.
+    def commit(self, step: int) -> None:
+        """Tell, before step ``step`` is sealed, that it is the first of the new placement.
 
-        The target writes the moved layers from here on, so what this stage logs from here on must
-        not be collected: its bytes of those slots are old.
+        The target writes the moved layers from that step on, so what this stage logs from then on
+        must not be collected: its bytes of those slots are old. The tail has no deadline, since an
+        idle engine may take its time to run the steps before. May be called twice.
         """
-        self._tracker.hold_from(step)
         with self._lock:
+            if self._shared.limit is not None:
+                return
+            self._tracker.hold_from(step)
             self._shared.limit = step - 1
-            self._lock.notify_all()
-
-    def commit(self) -> None:
-        """The switchover is decided: it is made whenever its step comes, and has no deadline."""
-        with self._lock:
             self._ends_at = math.inf
             self._lock.notify_all()
 
