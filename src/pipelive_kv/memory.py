@@ -15,7 +15,7 @@ __all__ = ["Arena", "PagePool", "PagePoolStats", "Tensor", "open_device", "parse
 Tensor = _core.DeviceTensor
 PagePoolStats = _core.PagePoolStats
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{unit + "b": 1000**power for power, unit in enumerate("kmgt", start=1)},

@@ -83,7 +83,7 @@ void KVPool::check_capacity(const char* call, std::uint64_t capacity) const {
   }
 }
 
-std::vector<std::uint32_t> KVPool::held_stacks_locked() const {
+std::vector<std::uint32_t> KVPool::held_stacks() const {
   std::vector<std::uint32_t> stacks;
   for (std::uint32_t index = 0; index < held_.size(); ++index) {
     if (held_[index]) stacks.push_back(index);
@@ -92,9 +92,9 @@ std::vector<std::uint32_t> KVPool::held_stacks_locked() const {
 }
 
 std::vector<std::uint32_t> KVPool::layers() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(state_mutex_);
   std::vector<std::uint32_t> layers;
-  for (const std::uint32_t index : held_stacks_locked()) {
+  for (const std::uint32_t index : held_stacks()) {
     for (std::uint32_t i = 0; i < geometry_.layers_in(index); ++i) {
       layers.push_back(geometry_.first_layer(index) + i);
     }
@@ -103,15 +103,13 @@ std::vector<std::uint32_t> KVPool::layers() const {
 }
 
 KVPoolStats KVPool::stats() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(state_mutex_);
+  const std::vector<std::uint32_t> stacks = held_stacks();
   KVPoolStats stats;
   stats.capacity = capacity();
   stats.max_blocks = geometry_.max_blocks;
-  for (const std::uint32_t index : held_stacks_locked()) {
-    stats.layers_held += geometry_.layers_in(index);
-  }
-  for (const auto& arena : arenas_) stats.held_bytes += arena->mapped_bytes();
-  if (scratch_ != nullptr) stats.held_bytes += geometry_.page_bytes;
+  for (const std::uint32_t index : stacks) stats.layers_held += geometry_.layers_in(index);
+  stats.held_bytes = closed() ? 0 : geometry_.bytes_needed(stacks, stats.capacity);
   stats.resident_bytes = stats.capacity * stats.layers_held * geometry_.block_bytes;
   return stats;
 }
@@ -127,11 +125,21 @@ LayerMemory KVPool::layer_memory(std::uint32_t layer) const {
           geometry_.max_blocks};
 }
 
-void KVPool::publish_limits_locked() noexcept {
-  const std::uint64_t limit = closed() || !broken_.empty() ? 0 : capacity();
+// Makes a change known: the new capacity, and whether `stacks` are held from now on.
+void KVPool::publish_locked(std::uint64_t capacity, const std::vector<std::uint32_t>& stacks,
+                            bool held) noexcept {
+  const std::lock_guard lock(state_mutex_);
+  for (const std::uint32_t index : stacks) held_[index] = held;
+  capacity_.store(capacity, std::memory_order_release);
+  const std::uint64_t limit = closed() || !broken_.empty() ? 0 : capacity;
   for (std::uint32_t layer = 0; layer < geometry_.num_layers; ++layer) {
     residency_.set_limit(layer, held_[geometry_.stack_of(layer)] ? limit : 0);
   }
+}
+
+void KVPool::forbid_use_locked(std::string reason) noexcept {
+  broken_ = std::move(reason);
+  publish_locked(capacity(), {}, false);
 }
 
 // Draws all pages first, since running out is what fails in practice; then maps part by part and
@@ -153,8 +161,7 @@ void KVPool::map_all(std::vector<Mapped> parts) {
       try {
         parts[done].arena->unmap(parts[done].offset, parts[done].bytes);
       } catch (const std::exception& error) {
-        broken_ = std::string("undoing a failed grow failed: ") + error.what();
-        publish_limits_locked();
+        forbid_use_locked(std::string("undoing a failed grow failed: ") + error.what());
       }
     }
     throw;
@@ -174,8 +181,7 @@ std::vector<KVPool::Removed> KVPool::unmap_all(const std::vector<Mapped>& parts)
       try {
         part.arena->put_back(part.offset, std::move(part.pages));
       } catch (const std::exception& error) {
-        broken_ = std::string("undoing a failed shrink failed: ") + error.what();
-        publish_limits_locked();
+        forbid_use_locked(std::string("undoing a failed shrink failed: ") + error.what());
       }
     }
     throw;
@@ -197,8 +203,7 @@ void KVPool::add_layers(std::span<const std::uint32_t> layers) {
     parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
   }
   map_all(std::move(parts));
-  for (const std::uint32_t index : stacks) held_[index] = true;
-  publish_limits_locked();
+  publish_locked(capacity(), stacks, true);
 }
 
 void KVPool::drop_layers(std::span<const std::uint32_t> layers,
@@ -218,8 +223,7 @@ void KVPool::drop_layers(std::span<const std::uint32_t> layers,
   wait_for(after, deadline);
   const Residency::Exclusive exclusive = residency_.exclude(deadline);
   const std::vector<Removed> removed = unmap_all(parts);
-  for (const std::uint32_t index : stacks) held_[index] = false;
-  publish_limits_locked();
+  publish_locked(capacity(), stacks, false);
 }
 
 void KVPool::grow(std::uint64_t capacity) {
@@ -233,7 +237,7 @@ void KVPool::grow(std::uint64_t capacity) {
   }
   if (capacity == before) return;
   std::vector<Mapped> parts;
-  const std::vector<std::uint32_t> stacks = held_stacks_locked();
+  const std::vector<std::uint32_t> stacks = held_stacks();
   bool zeroed = false;
   for (const std::uint32_t index : stacks) {
     const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
@@ -248,8 +252,7 @@ void KVPool::grow(std::uint64_t capacity) {
   }
   if (zeroed) device()->record()->wait(Deadline::after_seconds(kCopySeconds));
   map_all(std::move(parts));
-  capacity_.store(capacity, std::memory_order_release);
-  publish_limits_locked();
+  publish_locked(capacity, {}, false);
 }
 
 void KVPool::check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const {
@@ -312,7 +315,7 @@ void KVPool::copy_blocks_locked(std::span<const BlockMove> moves) {
   std::vector<BlockMove> sorted(moves.begin(), moves.end());
   std::sort(sorted.begin(), sorted.end(),
             [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
-  for (const std::uint32_t index : held_stacks_locked()) {
+  for (const std::uint32_t index : held_stacks()) {
     std::byte* base = arenas_[index]->base();
     const std::size_t stride = geometry_.stride(index);
     for (std::size_t first = 0; first < sorted.size();) {
@@ -347,14 +350,13 @@ void KVPool::shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
   const Residency::Exclusive exclusive = residency_.exclude(deadline);
   copy_blocks_locked(moves);
   std::vector<Mapped> parts;
-  for (const std::uint32_t index : held_stacks_locked()) {
+  for (const std::uint32_t index : held_stacks()) {
     const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
     const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
     parts.push_back({arenas_[index].get(), new_bytes, old_bytes - new_bytes});
   }
   const std::vector<Removed> removed = unmap_all(parts);
-  capacity_.store(capacity, std::memory_order_release);
-  publish_limits_locked();
+  publish_locked(capacity, {}, false);
 }
 
 void KVPool::move_blocks(std::span<const BlockMove> moves) {
@@ -381,7 +383,7 @@ void KVPool::close() {
     const Residency::Exclusive exclusive =
         residency_.exclude(Deadline::after_seconds(kFenceSeconds));
     closed_.store(true, std::memory_order_release);
-    publish_limits_locked();
+    publish_locked(capacity(), {}, false);
   }
   // Every arena is tried; one that fails is tried again by the next call, at last by its
   // destructor.

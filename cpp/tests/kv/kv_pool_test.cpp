@@ -325,7 +325,11 @@ TEST_F(KVPoolTest, TakingMemoryAwayWaitsForEvents) {
   auto shrunk = std::async(std::launch::async, [&] { pool_->shrink(5, {}, {}, after); });
   while (!event->waited_.load()) std::this_thread::yield();
   EXPECT_TRUE(accessible(at(0, 49)));
+  // Questions are answered meanwhile.
   EXPECT_EQ(pool_->capacity(), 50u);
+  EXPECT_EQ(pool_->layers(), (Layers{0, 1}));
+  EXPECT_EQ(pool_->stats().capacity, 50u);
+  pool_->residency().check_range(0, 0, 50);
   event->fired_.store(true);
   shrunk.get();
   EXPECT_FALSE(accessible(at(0, 49)));

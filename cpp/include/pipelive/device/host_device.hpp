@@ -52,6 +52,7 @@ class HostDevice final : public Device {
   /// The reservation that contains the range, and the range's offset in it.
   std::pair<Reservation*, std::size_t> find(std::byte* address, std::size_t bytes,
                                             const char* call);
+  void map_runs(std::byte* address, std::size_t page_bytes, std::span<const PageHandle> pages);
   void give_extent(std::uint64_t offset, std::uint64_t bytes);
 
   DeviceInfo info_;

@@ -76,7 +76,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   [[nodiscard]] std::uint64_t capacity() const noexcept {
     return capacity_.load(std::memory_order_acquire);
   }
-  /// Ascending.
+  /// Ascending. Like stats(), as before or as after a change that is under way; never waits for it.
   [[nodiscard]] std::vector<std::uint32_t> layers() const;
   [[nodiscard]] KVPoolStats stats() const;
 
@@ -135,7 +135,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
     PageLease pages;
   };
 
-  [[nodiscard]] std::vector<std::uint32_t> held_stacks_locked() const;
+  [[nodiscard]] std::vector<std::uint32_t> held_stacks() const;
   void check_usable_locked() const;
   void check_capacity(const char* call, std::uint64_t capacity) const;
   void check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const;
@@ -144,7 +144,9 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   void copy_blocks_locked(std::span<const BlockMove> moves);
   void map_all(std::vector<Mapped> parts);
   std::vector<Removed> unmap_all(const std::vector<Mapped>& parts);
-  void publish_limits_locked() noexcept;
+  void publish_locked(std::uint64_t capacity, const std::vector<std::uint32_t>& stacks,
+                      bool held) noexcept;
+  void forbid_use_locked(std::string reason) noexcept;
 
   const KVSpec spec_;
   const BlockLayout layout_;
@@ -154,10 +156,13 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   std::shared_ptr<ScratchPage> scratch_;
   std::vector<std::unique_ptr<Arena>> arenas_;  ///< one per stack
 
-  mutable std::mutex mutex_;  ///< serialises changes; guards the fields below
-  std::vector<bool> held_;    ///< per stack
-  std::string broken_;        ///< why nothing works any more: a failure whose undoing failed too
+  // A change may take long (pages are created, operations waited for), so what others ask about
+  // has a lock of its own, held for an instant. Written with both, read with either.
+  mutable std::mutex mutex_;
+  mutable std::mutex state_mutex_;
+  std::vector<bool> held_;  ///< per stack
   std::atomic<std::uint64_t> capacity_;
+  std::string broken_;  ///< why nothing works any more: a failure whose undoing failed too
   std::atomic<bool> closed_{false};
   Residency residency_;
 };
