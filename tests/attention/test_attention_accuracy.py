@@ -65,9 +65,7 @@ def test_a_float32_query_over_16_bit_kv(isa: str, kv_dtype: torch.dtype) -> None
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("soft_cap", [0.01, 1.0, 30.0, 1000.0])
 def test_soft_cap_over_large_scores(isa: str, soft_cap: float) -> None:
-    case = Case(
-        4, 2, 64, 16, [300, 20], [5, 20], torch.float32, soft_cap=soft_cap, magnitude=20.0
-    )
+    case = Case(4, 2, 64, 16, [300, 20], [5, 20], torch.float32, soft_cap=soft_cap, magnitude=20.0)
     check(case, isa=isa)
 
 
@@ -185,9 +183,7 @@ def test_block_map_is_an_indirection() -> None:
     moved = torch.empty_like(case.kv)
     moved[physical] = case.kv
     tables = torch.where(case.tables < 0, case.tables, case.tables + blocks)
-    out = paged_attention(
-        case.query, moved, tables, case.lens, block_map=block_map, **case.options
-    )
+    out = paged_attention(case.query, moved, tables, case.lens, block_map=block_map, **case.options)
     assert torch.equal(out, expected)
 
 

@@ -49,6 +49,7 @@ def test_threads_change_nothing(
     data=st.data(),
 )
 def test_company_and_chunks_change_nothing(
+    *,
     isa: str,
     dtype: torch.dtype,
     group: int,
@@ -104,7 +105,7 @@ def test_placement_and_order_change_nothing(isa: str, order: str) -> None:
     expected, _ = run(case, isa=isa)
     blocks = case.kv.shape[0]
     where = torch.randperm(blocks)
-    kv = empty_kv(blocks, 2, 16, 64, torch.bfloat16, order)
+    kv = empty_kv((blocks, 2, 16, 64), torch.bfloat16, order)
     kv[where] = case.kv
     tables = torch.where(
         case.tables < 0, case.tables, where[case.tables.clamp(min=0).long()].to(torch.int32)
