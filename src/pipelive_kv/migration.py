@@ -1,4 +1,4 @@
-"""The two ends of a migration session: patches of the moving layers, and when they are small enough."""
+"""The two ends of a migration session, and the estimate of when patches are small enough."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class PatchSender:
         self._core.send_region(region_id, buffer, timeout)
 
     def finish(self, timeout: float) -> None:
-        """Say that nothing more comes; returns when the target has confirmed that all is applied."""
+        """Say that nothing more comes; wait until the target confirms that all is applied."""
         self._core.finish(timeout)
 
     def set_rate_limit(self, bytes_per_second: float | None) -> None:
@@ -278,9 +278,9 @@ class PatchReceiver:
     def set_capacity(self, blocks: int, resize_seq: int = -1) -> None:
         """Tell of a resize: ids ``[0, blocks)`` are usable from step ``resize_seq`` on.
 
-        What rounds of before that step say about slots beyond is dropped, since the resize has moved
-        what was live there; what later rounds say waits for the pool to grow, until the deadline of
-        :meth:`run`.
+        What rounds of before that step say about slots beyond is dropped, since the resize has
+        moved what was live there; what later rounds say waits for the pool to grow, until the
+        deadline of :meth:`run`.
         """
         self._core.set_capacity(blocks, resize_seq)
 
@@ -289,16 +289,16 @@ class PatchReceiver:
         return ReceiverStats(**self._core.stats())
 
     def cancel(self) -> None:
-        """Nothing is written any more when this has returned; the source sees the channel closed."""
+        """Nothing is written any more when this has returned; the source sees it closed."""
         self._core.cancel()
 
 
 class StopPredictor:
     """Predicts how long it would stop a stage to send what is pending, from rounds observed.
 
-    ``fixed + bytes / bandwidth + records * record_cost``, all in seconds and bytes. The bandwidth is
-    a decayed ratio of bytes to busy time, so a small round, which is mostly overhead, hardly moves
-    it.
+    ``fixed + bytes / bandwidth + records * record_cost``, all in seconds and bytes. The bandwidth
+    is a decayed ratio of bytes to busy time, so a small round, which is mostly overhead, hardly
+    moves it.
 
     Args:
         fixed_seconds: one message there, its acknowledgement back, and the switch.

@@ -1,9 +1,14 @@
 // A sender and a receiver together, over both kinds of channel.
 #include <gtest/gtest.h>
 
-#include <numeric>
+#include <atomic>
+#include <limits>
 
 #include "migration/session.hpp"
+#include "pipelive/device/host_device.hpp"
+#include "pipelive/kv/kv_pool.hpp"
+#include "pipelive/kv/layer_view.hpp"
+#include "pipelive/memory/page_pool.hpp"
 
 namespace pipelive {
 namespace {
@@ -99,7 +104,9 @@ TEST_P(Session, RoundsOfManySmallMessages) {
     const auto ranges = test::random_ranges(random, source.slots(), 60, 20);
     const RoundStats stats = sender.send_round(0, 1, ranges, {}, soon());
     EXPECT_EQ(stats.slots, 3 * test::total(ranges));
-    if (checksum) EXPECT_EQ(stats.messages, stats.slots);
+    if (checksum) {
+      EXPECT_EQ(stats.messages, stats.slots);
+    }
     sender.finish(soon());
     expect_equal(source, target, ranges);
   }
@@ -375,6 +382,103 @@ TEST_P(Session, CancelEndsAWaitForTheRateLimit) {
   while (running.receiver.stats().messages < 2U) std::this_thread::yield();
   sender.cancel();
   EXPECT_EQ(sending.get(), ErrorCode::cancelled);
+}
+
+TEST_P(Session, AHundredThousandRecordsInOneRound) {
+  const KVSpec tiny{1, 1, DType::float16, 1, BlockOrder::hnd};
+  EndMemory from(tiny, {0}, 200000);
+  EndMemory to(tiny, {0}, 200000);
+  from.layers[0]->fill(1);
+  const auto [a, b] = make_channels(GetParam(), 65536);
+  RunningReceiver running(b, to.patch_layers(), receiving());
+  PatchSender sender(a, from.patch_layers(), options_of(20000));
+  std::vector<SlotRange> ranges;
+  for (std::uint64_t s = 0; s < 200000; s += 2) ranges.push_back({s, 1});
+  const RoundStats stats = sender.send_round(0, 1, ranges, {}, soon());
+  EXPECT_EQ(stats.records, 100000U);
+  sender.verify(ranges, soon());
+  sender.finish(soon());
+}
+
+// Pools whose unmapped blocks fault when they are touched.
+std::shared_ptr<KVPool> make_pool(std::uint64_t capacity) {
+  PagePoolOptions pages;
+  pages.page_bytes = 4096;
+  pages.budget_bytes = std::size_t{64} << 20;
+  KVPoolOptions options;
+  options.num_layers = 2;
+  options.layers = {0, 1};
+  options.max_blocks = 64;
+  options.capacity = capacity;
+  return KVPool::create({2, 64, DType::bfloat16, 16, BlockOrder::hnd},
+                        PagePool::create(std::make_shared<HostDevice>(), pages), options);
+}
+
+PatchLayers layers_of(const std::shared_ptr<KVPool>& pool) {
+  std::vector<PatchLayer> layers;
+  for (const std::uint32_t layer : {0U, 1U}) {
+    layers.push_back(PatchLayer::of(LayerView(pool, layer)));
+  }
+  return {pool->spec(), std::move(layers)};
+}
+
+TEST_P(Session, ResizesUnderPatchesNeverTouchWhatIsNotMapped) {
+  const auto from = make_pool(64);
+  const auto to = make_pool(64);
+  const auto [a, b] = make_channels(GetParam());
+  RunningReceiver running(b, layers_of(to), receiving());
+  PatchSender sender(a, layers_of(from), options_of(100000));
+  // What was packed before a shrink of the source is dropped at the target after its own.
+  running.receiver.set_capacity(64, std::numeric_limits<std::int64_t>::max());
+  std::atomic<bool> stop{false};
+  std::atomic<int> resizes{0};
+  std::thread resizing([&] {
+    const std::vector<std::uint64_t> live{0, 1, 2, 3};
+    while (!stop.load()) {
+      from->shrink(8, live, {});
+      to->shrink(8, live, {});
+      to->grow(64);
+      from->grow(64);
+      resizes += 1;
+    }
+  });
+  const std::vector<SlotRange> all{{0, 64 * 16}};
+  std::uint64_t round = 0;
+  for (; round < 100 || resizes.load() < 20; ++round) {
+    sender.send_round(round, static_cast<std::int64_t>(round), all, {}, soon());
+    sender.wait_applied(static_cast<std::int64_t>(round), soon());
+  }
+  stop = true;
+  resizing.join();
+  sender.finish(soon());
+  EXPECT_FALSE(running.outcome());
+}
+
+TEST_P(Session, ALayerThatIsNotHeldIsNotSent) {
+  const auto from = make_pool(8);
+  const auto to = make_pool(8);
+  const auto [a, b] = make_channels(GetParam());
+  RunningReceiver running(b, layers_of(to), receiving());
+  PatchSender sender(a, layers_of(from), options_of());
+  const std::uint32_t dropped[] = {1};
+  from->drop_layers(dropped);
+  const std::vector<SlotRange> some{{0, 16}};
+  EXPECT_EQ(code_of([&] { sender.send_round(0, 1, some, {}, soon()); }), ErrorCode::not_resident);
+}
+
+TEST_P(Session, AGrowthOfTheSourceWaitsForTheTargets) {
+  const auto from = make_pool(64);
+  const auto to = make_pool(8);
+  const auto [a, b] = make_channels(GetParam());
+  RunningReceiver running(b, layers_of(to), receiving());
+  PatchSender sender(a, layers_of(from), options_of());
+  const std::vector<SlotRange> high{{60 * 16, 16}};
+  sender.send_round(0, 1, high, {}, soon());
+  EXPECT_EQ(code_of([&] { sender.wait_applied(1, shortly()); }), ErrorCode::timeout);
+  to->grow(64);  // the pool says so by itself
+  sender.wait_applied(1, soon());
+  EXPECT_EQ(sender.verify(high, soon()), 32U);
+  sender.finish(soon());
 }
 
 }  // namespace

@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, TypedDict
 
-from pipelive_kv import _core
-
 
 class ChannelStats(TypedDict):
     """Messages and their bytes (framing not counted), since the channel was made."""

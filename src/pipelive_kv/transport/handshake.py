@@ -102,7 +102,7 @@ Handshake = Generator["Send | Receive", bytes, Agreed]
 _Frame = TypeVar("_Frame", Opening, Challenge, Proof, Verdict)
 
 
-class HelloMismatch(ProtocolError):
+class HelloMismatchError(ProtocolError):
     """The peer holds the key, but says something else about itself than this end."""
 
 
@@ -161,7 +161,7 @@ def server(key: bytes, hello: Hello, kind: Literal["shm", "tcp"]) -> Handshake:
     mac = transcript.mac("server", own + b"\0" + refusal.encode())
     yield from _send(Verdict(own, refusal, mac), transcript)
     if refusal:
-        raise HelloMismatch(f"handshake: {refusal}")
+        raise HelloMismatchError(f"handshake: {refusal}")
     return Agreed(kind, theirs)
 
 

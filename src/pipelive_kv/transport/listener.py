@@ -26,7 +26,7 @@ from pipelive_kv.errors import (
 from pipelive_kv.transport import handshake
 from pipelive_kv.transport.address import Address, boot_id
 from pipelive_kv.transport.channel import Channel
-from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Receive, Send
+from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
 
 SHM_RING_BYTES: int = _core.SHM_RING_BYTES
 MAX_TCP_MESSAGE_BYTES = 64 << 20
@@ -55,8 +55,8 @@ class PatchListener:
     """Waits for the source of a move to connect.
 
     Args:
-        kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"auto"`` offers both
-            and lets the connecting end take shared memory where it can.
+        kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"auto"`` offers
+            both and lets the connecting end take shared memory where it can.
         key: the shared secret, 16 bytes or more.
         host: the address that TCP listens on. Nothing but loopback unless it is given.
         ring_bytes: of a shared-memory channel, for each direction; bounds its largest message.
@@ -126,21 +126,20 @@ class PatchListener:
         return tuple(self._refused)
 
     def accept(self, timeout: float) -> Channel:
-        """Wait for a peer that holds the key; who does not is turned away, and others are waited for.
+        """Wait for a peer that holds the key; who does not is turned away.
 
         Raises DeadlineError (naming the last refusal), ClosedError once closed, and ProtocolError
         where a peer that holds the key says something else about itself than ``hello``.
         """
         ends_at = time.monotonic() + timeout
-        with self._accepting:
-            with selectors.DefaultSelector() as selector:
-                self._check_open()
-                selector.register(self._wake_read, selectors.EVENT_READ)
-                for listening in self._sockets:
-                    selector.register(listening, selectors.EVENT_READ)
-                for pending in self._pending:
-                    selector.register(pending.socket, _events(pending), pending)
-                return self._accept(selector, ends_at, timeout)
+        with self._accepting, selectors.DefaultSelector() as selector:
+            self._check_open()
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            for listening in self._sockets:
+                selector.register(listening, selectors.EVENT_READ)
+            for pending in self._pending:
+                selector.register(pending.socket, _events(pending), pending)
+            return self._accept(selector, ends_at, timeout)
 
     def close(self) -> None:
         """Stop listening; a waiting accept raises ClosedError. Channels made before live on."""
@@ -191,7 +190,7 @@ class PatchListener:
             for key, _ in selector.select(max(0.0, until - now)):
                 self._check_open()
                 if key.fileobj in self._sockets:
-                    self._greet(selector, key.fileobj)  # type: ignore[arg-type]
+                    self._greet(selector, key.fileobj)
                 elif key.data is not None:
                     channel = self._advance(selector, key.data)
                     if channel is not None:
@@ -230,7 +229,7 @@ class PatchListener:
             selector.unregister(pending.socket)
             self._pending.remove(pending)
             return self._finish(pending, agreed)
-        except handshake.HelloMismatch as error:
+        except handshake.HelloMismatchError as error:
             self._turn_away(selector, pending, str(error))
             raise  # it is the peer that was waited for, and it will not get better
         except (PipeliveError, OSError) as error:

@@ -8,7 +8,7 @@
 #include <mutex>
 
 #include "pipelive/transport/channel.hpp"
-#include "pipelive/transport/unique_fd.hpp"
+#include "pipelive/device/unique_fd.hpp"
 
 namespace pipelive {
 

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "pipelive/transport/channel.hpp"
-#include "pipelive/transport/unique_fd.hpp"
+#include "pipelive/device/unique_fd.hpp"
 
 namespace pipelive {
 
