@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections import deque
@@ -49,6 +50,7 @@ def results_address(directory: str) -> str:
 
 def main(launch: Launch) -> None:
     """Run a stage until it is told to stop, or the driver has gone; the process's entry point."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which stops us
     # Before torch is imported: gloo is to listen on loopback alone, and processes that share a few
     # cores lose most of their time when each starts a thread per core.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -213,7 +215,9 @@ class _Worker:
 
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(f"{directory}/rendezvous", self._size),
+            store=dist.FileStore(  # type: ignore[attr-defined]
+                f"{directory}/rendezvous", self._size
+            ),
             rank=self._rank,
             world_size=self._size,
             timeout=datetime.timedelta(seconds=self._config.step_timeout),
