@@ -88,6 +88,13 @@ class AwaitResize(Body, frozen=True):
     timeout: float
 
 
+class AwaitStep(Body, frozen=True):
+    """Wait until the stage has completed step ``seq``."""
+
+    seq: int
+    timeout: float
+
+
 class Prepare(Body, frozen=True):
     """Make room for the layers that the stage gains and listen for their KV."""
 
@@ -297,10 +304,16 @@ class LiveBlocks(Body, frozen=True):
 
 
 class Hold(Body, frozen=True):
-    """Stop stamping steps (a stop-and-copy reconfiguration); returns when the last one retired."""
+    """Stop stamping steps (a stop-and-copy reconfiguration); answered by :class:`Held`."""
 
     epoch: int
     timeout: float
+
+
+class Held(Body, frozen=True):
+    """The last step that was stamped."""
+
+    last_seq: int
 
 
 class Propose(Body, frozen=True):
@@ -331,6 +344,7 @@ Request = (
     Describe
     | Admit
     | AwaitResize
+    | AwaitStep
     | Prepare
     | Connect
     | StartCopy
@@ -363,5 +377,6 @@ Answer = (
     | SchedulerInfo
     | Resized
     | LiveBlocks
+    | Held
     | Proposed
 )

@@ -22,6 +22,7 @@ from pipelive_kv.messages import (
     Answer,
     DescribeScheduler,
     Done,
+    Held,
     Hold,
     ListLive,
     LiveBlocks,
@@ -373,23 +374,16 @@ class Scheduler:
         with self._lock:
             return LiveBlocks(runs_of(self._allocator.live()), self._state.next_seq)
 
-    def _hold(self, request: Hold) -> Done:
+    def _hold(self, request: Hold) -> Held:
         with self._lock:
             state = self._state
             if state.held_by is not None:
                 raise BusyError(f"epoch {state.held_by} holds the engine already")
-            ends_at = time.monotonic() + request.timeout
-            state.held_by, state.held_until = request.epoch, ends_at
-            while state.retired < state.next_seq - 1:
-                rest = ends_at - time.monotonic()
-                if rest <= 0 or state.closed:
-                    state.held_by = None
-                    self._lock.notify_all()
-                    raise DeadlineError(
-                        f"step {state.retired + 1} did not retire within {request.timeout:g} s"
-                    )
-                self._lock.wait(rest)
-        return Done()
+            # Whether the last step has ended the stages are asked: the engine's thread, which would
+            # tell that it retired, may already wait in stamp().
+            state.held_by = request.epoch
+            state.held_until = time.monotonic() + request.timeout
+            return Held(state.next_seq - 1)
 
     def _propose(self, request: Propose) -> Proposed:
         placement = Placement(request.stages)

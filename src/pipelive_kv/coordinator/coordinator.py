@@ -27,6 +27,7 @@ from pipelive_kv.messages import (
     Arm,
     AwaitConverged,
     AwaitResize,
+    AwaitStep,
     AwaitSwitched,
     Commit,
     Connect,
@@ -35,6 +36,7 @@ from pipelive_kv.messages import (
     DescribeScheduler,
     Done,
     Grow,
+    Held,
     Hold,
     ListLive,
     LiveBlocks,
@@ -309,7 +311,8 @@ class _Reconfiguration:
             # The weights are loaded before the engine is held: what is compared is the KV.
             if options.weights_from == "source":
                 self._load_weights()
-            to.scheduler(Hold(self.epoch, job.rest()), Done, job.rest())
+            held = to.scheduler(Hold(self.epoch, job.rest()), Held, job.rest())
+            to.all(lambda _: AwaitStep(held.last_seq, job.rest()), Done, job.rest())
         to.all(
             lambda rank: Connect(
                 self.epoch,

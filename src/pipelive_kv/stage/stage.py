@@ -223,7 +223,8 @@ class Stage:
             raise ProtocolError(
                 f"stage {self.pp_rank} got resize {stamp.resize}, expected {self._resize + 1}"
             )
-        self.pool.shrink(stamp.capacity, moves=dict(stamp.moves))
+        moves = dict(stamp.moves)
+        self.pool.shrink(stamp.capacity, live=moves, moves=moves)
         with self.lock:
             self._resize = stamp.resize
             self.lock.notify_all()
