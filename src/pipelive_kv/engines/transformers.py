@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipelive_kv.engines.transformers_checks import (
@@ -33,10 +34,14 @@ from pipelive_kv.engines.transformers_paged import (
 from pipelive_kv.errors import InvalidArgumentError
 from pipelive_kv.placement import Placement
 from pipelive_kv.spec import KVSpec
-from pipelive_kv.weights import SafetensorsSource, TensorSpec, WeightSource, check_layout
-
-if TYPE_CHECKING:
-    from pipelive_kv.weights import WeightArena
+from pipelive_kv.stage import EngineHooks, LayerWeights
+from pipelive_kv.weights import (
+    SafetensorsSource,
+    TensorSpec,
+    WeightArena,
+    WeightSource,
+    check_layout,
+)
 
 __all__ = [
     "StepBatch",
@@ -44,6 +49,9 @@ __all__ = [
     "TransformersStage",
     "UnsupportedModelError",
 ]
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _PassThrough(nn.Module):
@@ -64,8 +72,8 @@ class TransformersModel:
         UnsupportedModelError: if the adapter cannot run the model.
     """
 
-    def __init__(self, path: Path | str, *, dtype: str = "float32") -> None:
-        if dtype not in ("float32", "bfloat16", "float16"):
+    def __init__(self, path: Path | str, *, dtype: Dtype = "float32") -> None:
+        if dtype not in get_args(Dtype):
             raise InvalidArgumentError(f"dtype is {dtype!r}; expected float32, bfloat16 or float16")
         self.path = Path(path)
         self.dtype = dtype
@@ -97,7 +105,7 @@ class TransformersModel:
             return ()
         return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
-    def kv_spec(self, *, block_size: int = 16, order: str = "hnd") -> KVSpec:
+    def kv_spec(self, *, block_size: int = 16, order: Literal["hnd", "nhd"] = "hnd") -> KVSpec:
         """Return the KV geometry of one layer."""
         heads = int(self.config.num_attention_heads)
         width = getattr(self.config, "head_dim", None) or self.hidden_size // heads
@@ -148,15 +156,14 @@ class TransformersModel:
         """Make the model on the meta device, with nothing behind its parameters."""
         config = copy.deepcopy(self.config)
         check_class(config)
+        make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, self.dtype), attn_implementation=register()
-            )
+            model = make(config, dtype=getattr(torch, self.dtype), attn_implementation=register())
         model.eval().requires_grad_(False)
         return examine(model)
 
 
-class TransformersStage:
+class TransformersStage(EngineHooks):
     """One stage's share of a model; also the engine hooks of its `Stage`.
 
     `prepare` may run in a background thread while `forward` runs; `forward`, `activate` and
@@ -211,13 +218,18 @@ class TransformersStage:
 
     # -- engine hooks ------------------------------------------------------------------------
 
-    def prepare(self, layers: Iterable[int], arena: WeightArena) -> None:
+    def prepare(self, layers: Sequence[int], arena: LayerWeights | None) -> None:
         """Build the modules of layers whose weights lie in the arena; nothing is copied.
 
         Raises:
             WeightsError, InvalidArgumentError: if a layer is not held by the arena or does not
                 fit; none of the layers is prepared then.
         """
+        if not isinstance(arena, WeightArena):
+            raise InvalidArgumentError(
+                f"arena is a {type(arena).__name__}; expected a WeightArena, where modules take "
+                "their weights from"
+            )
         built = {layer: self._build(layer, arena) for layer in layers}
         with self._lock:
             self._ready.update(built)
@@ -244,11 +256,11 @@ class TransformersStage:
         for index, idle in enumerate(self._idle):
             self._parts.layers[index] = self._ready[index] if index in held else idle
 
-    def discard(self, layers: Iterable[int]) -> None:
+    def discard(self, layers: Sequence[int]) -> None:
         """Forget prepared layers that do not run (an abort); their memory may go then."""
         self._drop(layers)
 
-    def retire(self, layers: Iterable[int]) -> None:
+    def retire(self, layers: Sequence[int]) -> None:
         """Forget layers that ran and no longer do; their memory may go then."""
         self._drop(layers)
 
@@ -321,7 +333,7 @@ class TransformersStage:
             )
         check_layout(arena.layout(layer), self.model.layer_layout(layer), where=f"layer {layer}")
         module = copy.deepcopy(self._templates[layer])
-        views = {name: torch.from_dlpack(view) for name, view in arena.tensors(layer).items()}
+        views = {name: from_dlpack(view) for name, view in arena.tensors(layer).items()}
         module.load_state_dict(views, strict=True, assign=True)
         _real_buffers(module, self._parts.model)
         module.eval().requires_grad_(False)
@@ -350,13 +362,12 @@ class TransformersStage:
             return (self._entry, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._entry}
 
-    def _drop(self, layers: Iterable[int]) -> None:
-        wanted = tuple(layers)
-        for layer in wanted:
+    def _drop(self, layers: Sequence[int]) -> None:
+        for layer in layers:
             if self._parts.layers[layer] is not self._idle[layer]:
                 raise InvalidArgumentError(f"layer {layer} is in use; activate without it first")
         with self._lock:
-            for layer in wanted:
+            for layer in layers:
                 self._ready.pop(layer, None)
 
     def _load_ends(self, weights: SafetensorsSource) -> None:
@@ -426,7 +437,7 @@ def _load(weights: SafetensorsSource, name: str, like: torch.Tensor) -> torch.Te
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is wanted:
-            return name
+            return str(name)
     raise UnsupportedModelError(f"{type(model).__name__}: its head is not one of its modules")
 
 

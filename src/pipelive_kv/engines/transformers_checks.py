@@ -77,7 +77,7 @@ def check_class(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the class and the property.
     """
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if found is None:
         raise UnsupportedModelError(
             f"model type {config.model_type!r}: transformers has no causal language model for it"

@@ -59,13 +59,13 @@ class StepBatch:
     query_start: torch.Tensor | None = None
 
 
-class _PagedLayer(CacheLayerMixin):
+class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache: appends to the pool and hands the new keys and values on."""
 
     is_sliding = False
 
     def __init__(self, owner: PagedCache, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
         self._layer = layer
         self.is_initialized = True

@@ -91,7 +91,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _convert(source: Path, target: Path) -> None:
     import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: PLC0415
+    from transformers import (  # noqa: PLC0415
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     folder, name = str(source.parent), source.name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
@@ -99,8 +104,7 @@ def _convert(source: Path, target: Path) -> None:
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)
-    config = type(loaded.config).from_dict(settings)
-    clean = LlamaForCausalLM(config)
+    clean = LlamaForCausalLM(LlamaConfig(**settings))
     clean.load_state_dict(loaded.state_dict())
     clean.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)

@@ -91,7 +91,8 @@ def tiny_model(
     target = Path(folder) / family
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        make: Any = transformers.AutoModelForCausalLM.from_config
+        model = make(config)
         with torch.no_grad():
             for name, value in model.named_parameters():
                 # Freshly made norms are all ones and biases all zeros; random ones show mistakes.

@@ -168,7 +168,10 @@ class WeightArena:
         size = self._sizes[layer]
         if size == 0:
             return np.empty(0, np.uint8)
-        return np.from_dlpack(self._arena.tensor(self._starts[layer], (size,), "uint8"))
+        data: npt.NDArray[Any] = np.from_dlpack(
+            self._arena.tensor(self._starts[layer], (size,), "uint8")
+        )
+        return data
 
     def close(self) -> None:
         """Give all pages and the addresses back; every view is dead from now on."""

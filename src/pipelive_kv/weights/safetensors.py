@@ -104,7 +104,7 @@ class _File:
         Reading, not mapping: a file that shrinks under a mapping kills the process with SIGBUS,
         a short read is an error like any other.
         """
-        view = memoryview(into)
+        view = memoryview(into)  # type: ignore[arg-type]  # an array lends its buffer
         done = 0
         while done < len(view):
             if self.descriptor < 0:

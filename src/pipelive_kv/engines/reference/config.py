@@ -64,7 +64,7 @@ class EngineConfig:
 
     model: Path | str
     placement: Placement
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     block_size: int = 16
     max_blocks: int = 256
     capacity: int | None = None

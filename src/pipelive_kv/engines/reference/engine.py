@@ -111,7 +111,7 @@ class Engine:
     def coordinator(self) -> Coordinator:
         """The coordinator of a reconfigurable engine."""
         if self._coordinator is None:
-            raise InvalidArgumentError("the engine was not made reconfigurable, or is closed")
+            raise InvalidArgumentError("the engine was not made reconfigurable")
         return self._coordinator
 
     @property
@@ -185,13 +185,13 @@ class Engine:
         """Stop the stages and leave nothing behind. May be called twice."""
         with self._lock:
             self._closed = True
+        # The coordinator first: what is under way is given up while all others can still answer.
+        if self._coordinator is not None:
+            self._coordinator.close()
         if self._scheduler is not None:
             self._scheduler.close()
         if self._stages is not None:
             self._stages.close()
-        if self._coordinator is not None:
-            self._coordinator.close()
-        self._coordinator = None
 
     # -- starting ------------------------------------------------------------------------------
 

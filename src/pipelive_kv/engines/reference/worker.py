@@ -216,7 +216,9 @@ class _Worker:
 
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(f"{directory}/rendezvous", self._size),
+            store=dist.FileStore(  # type: ignore[attr-defined]
+                f"{directory}/rendezvous", self._size
+            ),
             rank=self._rank,
             world_size=self._size,
             timeout=datetime.timedelta(seconds=self._config.step_timeout),
