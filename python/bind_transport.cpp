@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -16,6 +17,10 @@ namespace pipelive::bindings {
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
+
+Deadline deadline_of(double timeout) {
+  return Deadline::after_seconds(timeout > 0 ? std::min(timeout, 3e9) : 0.0);
+}
 
 std::span<const std::byte> bytes_of(const TensorView& view) {
   view.require_cpu();
@@ -58,7 +63,7 @@ void bind_transport(py::module_& m) {
             const TensorView view = TensorView::borrow(data, "data");
             const std::span<const std::byte> bytes = bytes_of(view);
             const py::gil_scoped_release release;
-            send(channel, bytes, Deadline::after_seconds(timeout));
+            send(channel, bytes, deadline_of(timeout));
           },
           py::arg("data"), py::arg("timeout"))
       .def(
@@ -67,7 +72,7 @@ void bind_transport(py::module_& m) {
             std::span<const std::byte> message;
             {
               const py::gil_scoped_release release;
-              message = channel.receive(Deadline::after_seconds(timeout));
+              message = channel.receive(deadline_of(timeout));
             }
             py::bytes copy(reinterpret_cast<const char*>(message.data()), message.size());
             const py::gil_scoped_release release;

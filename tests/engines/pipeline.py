@@ -58,9 +58,7 @@ class LocalPipeline:
     def __init__(self, path: Path, counts, *, dtype: str = "float32") -> None:
         self.model = TransformersModel(path, dtype=dtype)
         self.placement = Placement.from_counts(counts)
-        self.stages = [
-            LocalStage(self.model, rank, self.placement) for rank in range(len(counts))
-        ]
+        self.stages = [LocalStage(self.model, rank, self.placement) for rank in range(len(counts))]
         self.gated: list[int] = []
 
     def table(self, sequence: int) -> torch.Tensor:

@@ -8,7 +8,9 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <optional>
 
 #include "pipelive/base/error.hpp"
 
@@ -49,6 +51,30 @@ int retry_fallocate(int fd, int mode, std::uint64_t offset, std::uint64_t bytes)
     if (errno != EINTR) return errno;
   }
   return 0;
+}
+
+/// What the system could still give without swapping; nothing where it does not say.
+std::optional<std::uint64_t> available_memory() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string word; file >> word;) {
+    std::uint64_t kib = 0;
+    if (word == "MemAvailable:" && file >> kib) return kib * 1024;
+  }
+  return std::nullopt;
+}
+
+// The kernel would rather kill a process than refuse it pages of a memory file, so what plainly
+// cannot be had is refused here.
+void check_memory(std::size_t page_bytes, std::size_t count) {
+  constexpr std::uint64_t small = std::uint64_t{64} << 20;
+  const bool absurd = count > (std::uint64_t{1} << 46) / page_bytes;
+  if (!absurd && count * page_bytes < small) return;
+  const std::uint64_t available = available_memory().value_or(std::uint64_t{1} << 46);
+  if (absurd || count * page_bytes > available) {
+    throw Error(ErrorCode::out_of_memory, "create_pages: " + std::to_string(count) + " pages of " +
+                                              bytes_text(page_bytes) + ", the system has " +
+                                              bytes_text(available) + " available");
+  }
 }
 
 /// Puts an inaccessible mapping over the range, so that its addresses stay ours.
@@ -137,6 +163,7 @@ void HostDevice::release(std::byte* address, std::size_t bytes) noexcept {
 
 std::vector<PageHandle> HostDevice::create_pages(std::size_t page_bytes, std::size_t count) {
   check_page_bytes(page_bytes);
+  check_memory(page_bytes, count);
   std::vector<PageHandle> pages;
   pages.reserve(count);
   struct Extent {
@@ -146,10 +173,6 @@ std::vector<PageHandle> HostDevice::create_pages(std::size_t page_bytes, std::si
   std::vector<Extent> extents;
   {
     const std::lock_guard lock(mutex_);
-    if (count > (std::uint64_t{1} << 62) / page_bytes) {
-      throw Error(ErrorCode::out_of_memory,
-                  "create_pages: " + std::to_string(count) + " pages of " + bytes_text(page_bytes));
-    }
     // Freed extents first, lowest offset first, then fresh offsets.
     std::uint64_t missing = count;
     for (const auto& [offset, bytes] : free_extents_) {

@@ -15,10 +15,10 @@ constexpr double kExcludedSeconds = 60.0;
 Residency::Residency(std::uint32_t num_layers)
     : num_layers_(num_layers), limits_(new std::atomic<std::uint64_t>[num_layers] {}) {}
 
-void Residency::fail(std::uint32_t layer, std::int64_t id, std::uint64_t limit) const {
-  throw Error(ErrorCode::not_resident,
-              "block " + std::to_string(id) + " of layer " + std::to_string(layer) +
-                  " is not resident; resident are the ids below " + std::to_string(limit));
+void Residency::fail(std::uint32_t layer, const std::string& id, std::uint64_t limit) {
+  throw Error(ErrorCode::not_resident, "block " + id + " of layer " + std::to_string(layer) +
+                                           " is not resident; resident are the ids below " +
+                                           std::to_string(limit));
 }
 
 void Residency::check_held(std::uint32_t layer, std::uint64_t limit) const {
@@ -32,32 +32,34 @@ void Residency::check_held(std::uint32_t layer, std::uint64_t limit) const {
   }
 }
 
-void Residency::check(std::uint32_t layer, std::span<const std::int32_t> ids) const {
+template <typename T>
+void Residency::check_ids(std::uint32_t layer, std::span<const T> ids) const {
   const std::uint64_t resident = limit(layer);
   check_held(layer, resident);
-  for (const std::int32_t id : ids) {
-    if (id < 0 || static_cast<std::uint64_t>(id) >= resident) fail(layer, id, resident);
+  for (const T id : ids) {
+    if (std::cmp_less(id, 0) || std::cmp_greater_equal(id, resident)) {
+      fail(layer, std::to_string(id), resident);
+    }
   }
+}
+
+void Residency::check(std::uint32_t layer, std::span<const std::int32_t> ids) const {
+  check_ids(layer, ids);
 }
 
 void Residency::check(std::uint32_t layer, std::span<const std::int64_t> ids) const {
-  const std::uint64_t resident = limit(layer);
-  check_held(layer, resident);
-  for (const std::int64_t id : ids) {
-    if (id < 0 || static_cast<std::uint64_t>(id) >= resident) fail(layer, id, resident);
-  }
+  check_ids(layer, ids);
 }
 
 void Residency::check(std::uint32_t layer, std::span<const std::uint64_t> ids) const {
-  for (const std::uint64_t id : ids) check_range(layer, id, id + 1);
-  if (ids.empty()) check_held(layer, limit(layer));
+  check_ids(layer, ids);
 }
 
 void Residency::check_range(std::uint32_t layer, std::uint64_t begin, std::uint64_t end) const {
   const std::uint64_t resident = limit(layer);
   check_held(layer, resident);
   if (begin < end && end > resident) {
-    fail(layer, static_cast<std::int64_t>(std::max(begin, resident)), resident);
+    fail(layer, std::to_string(std::max(begin, resident)), resident);
   }
 }
 

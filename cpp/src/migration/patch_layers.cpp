@@ -8,6 +8,15 @@
 
 namespace pipelive {
 
+PatchLayer PatchLayer::of(const LayerView& view) {
+  if (view.device_kind() != DeviceKind::host) {
+    throw Error(ErrorCode::invalid_argument,
+                "layer " + std::to_string(view.layer()) +
+                    " lies in device memory; patches are packed by the host so far");
+  }
+  return {view.layer(), view.layout(), view.memory(), view.blocks()};
+}
+
 PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
     : spec_(spec), layers_(std::move(layers)) {
   const BlockLayout own = spec_.layout();
@@ -32,6 +41,10 @@ PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
                       " bytes; the spec says " + std::to_string(own.block_size) + " and " +
                       std::to_string(slot_bytes_));
     }
+    if (layer.blocks &&
+        std::find(memories_.begin(), memories_.end(), layer.blocks) == memories_.end()) {
+      memories_.push_back(layer.blocks);
+    }
     ids_.push_back(layer.layer);
     max_blocks_ = std::min(max_blocks_, layer.memory.num_blocks);
   }
@@ -51,11 +64,17 @@ std::size_t PatchLayers::at(std::uint32_t layer) const {
   return static_cast<std::size_t>(place);
 }
 
-std::uint64_t checked_capacity(const PatchLayers& layers, std::uint64_t blocks) {
-  if (blocks > layers.max_blocks() && layers.size() != 0) {
-    throw Error(ErrorCode::invalid_argument, "capacity is " + std::to_string(blocks) +
-                                                 " blocks, expected 0 to " +
-                                                 std::to_string(layers.max_blocks()));
+std::vector<Residency::Use> PatchLayers::use() const {
+  std::vector<Residency::Use> uses;
+  uses.reserve(memories_.size());
+  for (const auto& memory : memories_) uses.push_back(memory->residency().use());
+  return uses;
+}
+
+std::uint64_t PatchLayers::resident_blocks() const noexcept {
+  std::uint64_t blocks = max_blocks_;
+  for (const PatchLayer& layer : layers_) {
+    if (layer.blocks) blocks = std::min(blocks, layer.blocks->residency().limit(layer.layer));
   }
   return blocks;
 }

@@ -12,6 +12,7 @@ namespace {
 
 // How long a receiver that gives up tries to tell the source why.
 constexpr std::chrono::milliseconds kAbortPatience{200};
+constexpr std::chrono::milliseconds kGrowthPoll{1};
 
 [[noreturn]] void refuse(wire::Kind kind, const std::string& why) {
   throw Error(ErrorCode::protocol, std::string(wire::to_string(kind)) + " refused: " + why);
@@ -35,7 +36,7 @@ PatchReceiver::PatchReceiver(std::shared_ptr<Channel> channel, PatchLayers layer
     : channel_(std::move(channel)),
       layers_(std::move(layers)),
       options_(options),
-      capacity_(checked_capacity(layers_, options.capacity)),
+
       applied_(layers_.size()) {
   for (const PatchLayer& layer : layers_.all()) {
     generations_.emplace_back(layer.memory.num_blocks * layer.layout.block_size);
@@ -171,7 +172,7 @@ void PatchReceiver::take_hello(const wire::Message& message, Deadline deadline) 
 std::uint64_t PatchReceiver::check_records(const wire::Message& message) const {
   const wire::Kind kind = message.header.kind;
   const std::uint64_t max_slots = layers_.max_slots();
-  const std::uint64_t newest = static_cast<std::uint64_t>(message.header.through_seq) + 1;
+  const std::uint64_t newest = message.header.round + 1;
   std::uint64_t slots = 0;
   for (const wire::Record& record : message.records) {
     if (kind == wire::Kind::data && layers_.find(record.layer) < 0) {
@@ -186,29 +187,38 @@ std::uint64_t PatchReceiver::check_records(const wire::Message& message) const {
     }
     if (kind == wire::Kind::data && record.generation > newest) {
       refuse(kind, "a record of generation " + std::to_string(record.generation) +
-                       " in a round whose newest is " + std::to_string(newest));
+                       " in a round whose own is " + std::to_string(newest));
     }
     slots += record.count;  // both factors are below 2^32, so this cannot overflow
   }
   return slots;
 }
 
-// The lock on live memory, once every slot up to `last_slot` may be touched.
-std::unique_lock<std::mutex> PatchReceiver::lock_for(const wire::Message& message,
-                                                     std::uint64_t end_slot, Deadline deadline) {
+// Access to live memory, once every slot below `end_slot` may be touched.
+PatchReceiver::Access PatchReceiver::access(const wire::Message& message, std::uint64_t end_slot,
+                                            Deadline deadline) {
   std::unique_lock lock(memory_mutex_);
   while (true) {
     if (cancelled_) throw Error(ErrorCode::cancelled, "the patch receiver was cancelled");
-    if (end_slot <= capacity_ * layers_.block_size()) return lock;
-    if (message.header.through_seq < resize_seq_) return lock;
+    std::uint64_t blocks = 0;
+    {
+      std::vector<Residency::Use> uses = layers_.use();
+      blocks = std::min(capacity_, layers_.resident_blocks());
+      const std::uint64_t slots = blocks * layers_.block_size();
+      if (end_slot <= slots || message.header.through_seq < resize_seq_) {
+        return {std::move(lock), std::move(uses), slots};
+      }
+    }
     if (deadline.passed()) {
       throw Error(ErrorCode::not_resident,
                   "a " + std::string(wire::to_string(message.header.kind)) + " of round " +
                       std::to_string(message.header.round) + " reaches to slot " +
-                      std::to_string(end_slot - 1) + ", mapped are " + std::to_string(capacity_) +
+                      std::to_string(end_slot - 1) + ", mapped are " + std::to_string(blocks) +
                       " blocks of " + std::to_string(layers_.block_size()));
     }
-    capacity_changed_.wait_until(lock, deadline.at());
+    // The pool does not tell when it grows, so it is asked again soon.
+    capacity_changed_.wait_until(lock,
+                                 std::min(deadline.at(), Deadline::Clock::now() + kGrowthPoll));
   }
 }
 
@@ -233,15 +243,15 @@ void PatchReceiver::take_data(const wire::Message& message, Deadline deadline) {
     end_slot = std::max(end_slot, record.begin + record.count);
   }
   {
-    const std::unique_lock lock = lock_for(message, end_slot, deadline);
-    write_records(message);
+    const Access live = access(message, end_slot, deadline);
+    write_records(message, live.slots);
   }
   complete_rounds(deadline);
 }
 
-void PatchReceiver::write_records(const wire::Message& message) {
+void PatchReceiver::write_records(const wire::Message& message, std::uint64_t end) {
   const std::size_t slot_bytes = layers_.slot_bytes();
-  const std::uint64_t end = capacity_ * layers_.block_size();
+
   std::uint64_t written = 0;
   std::uint64_t overtaken = 0;
   std::uint64_t dropped = 0;
@@ -336,11 +346,11 @@ void PatchReceiver::take_verify(const wire::Message& message, Deadline deadline)
   }
   std::vector<std::uint64_t> digests;
   {
-    const std::unique_lock lock = lock_for(message, end_slot, deadline);
-    if (end_slot > capacity_ * layers_.block_size()) {
+    const Access live = access(message, end_slot, deadline);
+    if (end_slot > live.slots) {
       refuse(wire::Kind::verify_request, "slot " + std::to_string(end_slot - 1) +
-                                             " is not among the " + std::to_string(capacity_) +
-                                             " blocks that are mapped");
+                                             " is not among the " + std::to_string(live.slots) +
+                                             " that are mapped");
     }
     for (const PatchLayer& layer : layers_.all()) {
       digests.push_back(digest(layer.layout, layer.memory, batch_));
@@ -491,9 +501,8 @@ void PatchReceiver::wait_region(std::uint64_t id, Deadline deadline) {
 }
 
 void PatchReceiver::set_capacity(std::uint64_t blocks, std::int64_t resize_seq) {
-  const std::uint64_t checked = checked_capacity(layers_, blocks);
   const std::lock_guard lock(memory_mutex_);
-  capacity_ = checked;
+  capacity_ = blocks;
   resize_seq_ = std::max(resize_seq_, resize_seq);
   capacity_changed_.notify_all();
 }

@@ -41,7 +41,7 @@ PatchSender::PatchSender(std::shared_ptr<Channel> channel, PatchLayers layers,
       options_(options),
       max_message_(std::min(options.max_message_bytes, channel_->max_message_bytes())),
       limit_(options.rate_limit, max_message_),
-      capacity_(checked_capacity(layers_, options.capacity)),
+
       applied_(layers_.size()) {
   const std::size_t least =
       std::max(wire::message_bytes(1, layers_.slot_bytes()),
@@ -159,9 +159,9 @@ void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, 
       wire::message_bytes(records.size(), slots * layers_.slot_bytes()), deadline);
   std::size_t size = 0;
   {
-    const std::lock_guard lock(memory_mutex_);
+    const std::vector<Residency::Use> uses = layers_.use();
     // The capacity may have sunk since the round was planned; what is beyond it is not live.
-    const std::uint64_t most = capacity_.load() * layers_.block_size();
+    const std::uint64_t most = mapped_slots();
     std::size_t kept = 0;
     slots = 0;
     for (wire::Record record : records) {
@@ -193,10 +193,18 @@ void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, 
   stats.bytes += size;
 }
 
+std::uint64_t PatchSender::mapped_slots() const {
+  const std::uint64_t blocks = layers_.resident_blocks();
+  if (blocks == 0 && layers_.size() != 0) {
+    throw Error(ErrorCode::not_resident, "one of the moving layers is not held here");
+  }
+  return blocks * layers_.block_size();
+}
+
 std::vector<SlotRange> PatchSender::resident(std::span<const SlotRange> ranges,
                                              std::uint64_t& skipped) const {
   static_cast<void>(count_slots(ranges, layers_.max_slots()));
-  const std::uint64_t most = capacity_.load() * layers_.block_size();
+  const std::uint64_t most = mapped_slots();
   std::vector<SlotRange> kept;
   kept.reserve(ranges.size());
   for (const SlotRange& range : ranges) {
@@ -234,7 +242,7 @@ RoundStats PatchSender::send_round(std::uint64_t round, std::int64_t through_seq
     wire::Header head = header(wire::Kind::data);
     head.round = next_round_;
     head.through_seq = through_seq;
-    const std::uint64_t generation = static_cast<std::uint64_t>(through_seq) + 1;
+    const std::uint64_t generation = next_round_ + 1;
     const std::size_t slot_bytes = layers_.slot_bytes();
     const std::uint64_t block = layers_.block_size();
     std::vector<wire::Record> records;
@@ -344,7 +352,8 @@ std::uint64_t PatchSender::verify(std::span<const SlotRange> ranges, Deadline de
       // Both ends read their memory at the same time.
       std::vector<std::uint64_t> own;
       {
-        const std::lock_guard lock(memory_mutex_);
+        const std::vector<Residency::Use> uses = layers_.use();
+        static_cast<void>(count_slots(request, mapped_slots()));
         for (const PatchLayer& layer : layers_.all()) {
           own.push_back(digest(layer.layout, layer.memory, request));
         }
@@ -401,12 +410,6 @@ void PatchSender::finish(Deadline deadline) {
     std::unique_lock lock(mutex_);
     wait_until(lock, [&] { return finished_; }, deadline, "to confirm that all is applied");
   });
-}
-
-void PatchSender::set_capacity(std::uint64_t blocks) {
-  const std::uint64_t checked = checked_capacity(layers_, blocks);
-  const std::lock_guard lock(memory_mutex_);
-  capacity_.store(checked);
 }
 
 void PatchSender::cancel() {

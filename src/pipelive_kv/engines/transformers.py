@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipelive_kv.engines.transformers_checks import (
     Skeleton,
     UnsupportedModelError,
+    check_class,
     check_config,
     examine,
 )
@@ -124,9 +125,7 @@ class TransformersModel:
         Raises:
             WeightsError: if something is missing or not of the right shape.
         """
-        source = SafetensorsSource(
-            self.path, dtype=self.dtype, prefix=self.skeleton.layer_prefix
-        )
+        source = SafetensorsSource(self.path, dtype=self.dtype, prefix=self.skeleton.layer_prefix)
         try:
             self.check_weights(source)
         except BaseException:
@@ -148,6 +147,7 @@ class TransformersModel:
     def build(self) -> Skeleton:
         """Make the model on the meta device, with nothing behind its parameters."""
         config = copy.deepcopy(self.config)
+        check_class(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, self.dtype), attn_implementation=register()
@@ -229,8 +229,18 @@ class TransformersStage:
         """Run the placement's layers of this stage from the next forward on.
 
         Swaps pointers: it neither allocates device memory nor fails for prepared layers.
+
+        Raises:
+            InvalidArgumentError: the placement is of another model, or a layer was not prepared;
+                nothing has changed.
         """
-        held = set(placement.layers_of(self.rank))
+        held = placement.layers_of(self.rank)
+        missing = [layer for layer in held if layer not in self._ready]
+        if missing or placement.num_layers != len(self._idle):
+            raise InvalidArgumentError(
+                f"placement {placement}: the model has {len(self._idle)} layers; "
+                f"layers {missing} of stage {self.rank} were not prepared"
+            )
         for index, idle in enumerate(self._idle):
             self._parts.layers[index] = self._ready[index] if index in held else idle
 
@@ -309,9 +319,7 @@ class TransformersStage:
             raise InvalidArgumentError(
                 f"layer is {layer}; expected 0 to {len(self._templates) - 1}"
             )
-        check_layout(
-            arena.layout(layer), self.model.layer_layout(layer), where=f"layer {layer}"
-        )
+        check_layout(arena.layout(layer), self.model.layer_layout(layer), where=f"layer {layer}")
         module = copy.deepcopy(self._templates[layer])
         views = {name: torch.from_dlpack(view) for name, view in arena.tensors(layer).items()}
         module.load_state_dict(views, strict=True, assign=True)
@@ -366,7 +374,11 @@ class TransformersStage:
             state: dict[str, torch.Tensor] = {}
             for name, value in module.state_dict().items():
                 full = f"{module_name}.{name}"
-                if parts.tied and module is parts.model.get_output_embeddings() and name == "weight":
+                if (
+                    parts.tied
+                    and module is parts.model.get_output_embeddings()
+                    and name == "weight"
+                ):
                     full = f"{embedding}.weight"
                 if full not in loaded:
                     loaded[full] = _load(weights, full, value)
@@ -428,9 +440,11 @@ def _real_buffers(root: nn.Module, model: Any) -> None:
         if not any(b is not None and b.is_meta for b in module.buffers(recurse=False)):
             continue
         for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = torch.full_like(buffer, torch.nan, device="cpu") if (
-                buffer.is_floating_point()
-            ) else torch.zeros_like(buffer, device="cpu")
+            module._buffers[key] = (
+                torch.full_like(buffer, torch.nan, device="cpu")
+                if (buffer.is_floating_point())
+                else torch.zeros_like(buffer, device="cpu")
+            )
         with torch.no_grad():
             model._init_weights(module)
         for key, buffer in module.named_buffers(recurse=False):
@@ -438,5 +452,3 @@ def _real_buffers(root: nn.Module, model: Any) -> None:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: the value of buffer {name}.{key} is not known"
                 )
-
-

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipelive_kv.errors import InvalidArgumentError
 
-__all__ = ["Skeleton", "UnsupportedModelError", "check_config", "examine"]
+__all__ = ["Skeleton", "UnsupportedModelError", "check_class", "check_config", "examine"]
 
 # Rotary embeddings whose frequencies depend on the longest sequence of a batch: a request's tokens
 # would then depend on what else runs.
@@ -70,6 +71,24 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(f"model type {config.model_type!r}: {reason}")
 
 
+def check_class(config: Any) -> None:
+    """Refuse a model whose class cannot be led to a paged pool, before it is made.
+
+    Raises:
+        UnsupportedModelError: naming the class and the property.
+    """
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r}: transformers has no causal language model for it"
+        )
+    if not getattr(found, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r}: {found.__name__} does not use the attention "
+            "interface of transformers"
+        )
+
+
 def _config_faults(config: Any) -> Iterator[str]:
     if config.is_encoder_decoder:
         yield "encoder-decoder models are not supported"
@@ -116,12 +135,13 @@ def examine(model: Any) -> Skeleton:
     try:
         return _examine(model)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from None
+        kind = model.config.model_type
+        raise UnsupportedModelError(
+            f"model type {kind!r}: {type(model).__name__}: {error}"
+        ) from None
 
 
 def _examine(model: Any) -> Skeleton:
-    if not getattr(type(model), "_supports_attention_backend", False):
-        raise UnsupportedModelError("it does not use the attention interface of transformers")
     base_name = model.base_model_prefix
     base = getattr(model, base_name, None)
     if base is None or base is model:
@@ -144,7 +164,9 @@ def _examine(model: Any) -> Skeleton:
     others = [
         name
         for name, module in base.named_children()
-        if name != layers_name and module is not embedding and any(True for _ in module.parameters())
+        if name != layers_name
+        and module is not embedding
+        and any(True for _ in module.parameters())
     ]
     others += [name for name, _ in base.named_parameters(recurse=False)]
     if len(others) != 1:
@@ -180,7 +202,9 @@ def _check_layers(layers: nn.ModuleList) -> None:
         for name, _ in layer.named_parameters():
             if "sink" in name:
                 raise UnsupportedModelError(f"layer {index} has attention sinks ({name})")
-        attention = [m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+        attention = [
+            m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")
+        ]
         if len(attention) != 1:
             raise UnsupportedModelError(
                 f"layer {index} has {len(attention)} attention modules, expected one"

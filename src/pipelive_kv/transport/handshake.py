@@ -102,6 +102,10 @@ Handshake = Generator["Send | Receive", bytes, Agreed]
 _Frame = TypeVar("_Frame", Opening, Challenge, Proof, Verdict)
 
 
+class HelloMismatch(ProtocolError):
+    """The peer holds the key, but says something else about itself than this end."""
+
+
 def check_key(key: bytes) -> bytes:
     """``key`` itself; raises InvalidArgumentError where it is no bytes or too short."""
     if not isinstance(key, bytes) or len(key) < MIN_KEY_BYTES:
@@ -157,7 +161,7 @@ def server(key: bytes, hello: Hello, kind: Literal["shm", "tcp"]) -> Handshake:
     mac = transcript.mac("server", own + b"\0" + refusal.encode())
     yield from _send(Verdict(own, refusal, mac), transcript)
     if refusal:
-        raise ProtocolError(f"handshake: {refusal}")
+        raise HelloMismatch(f"handshake: {refusal}")
     return Agreed(kind, theirs)
 
 
@@ -205,9 +209,7 @@ def _check_version(protocol: str, version: int, nonce: bytes) -> None:
 
 def _decode_hello(data: bytes) -> dict[str, Any]:
     try:
-        hello: dict[str, Any] = msgspec.json.decode(
-            data, type=dict[str, str | int | bool | None]
-        )
+        hello: dict[str, Any] = msgspec.json.decode(data, type=dict[str, str | int | bool | None])
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"handshake: the peer's hello: {error}") from None
     return hello

@@ -93,6 +93,7 @@ class PatchListener:
         self._pending: list[_Pending] = []
         self._refused: list[str] = []
         self._closed = False
+        self._closing = threading.Lock()
         # Held by the thread that accepts; close() wakes that thread and then takes it.
         self._accepting = threading.Lock()
         with contextlib.ExitStack() as undo:
@@ -143,9 +144,10 @@ class PatchListener:
 
     def close(self) -> None:
         """Stop listening; a waiting accept raises ClosedError. Channels made before live on."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         os.write(self._wake_write, b"x")
         with self._accepting:
             for pending in self._pending:
@@ -174,9 +176,7 @@ class PatchListener:
         if self._closed:
             raise ClosedError(f"the patch listener was closed: {self._address}")
 
-    def _accept(
-        self, selector: selectors.BaseSelector, ends_at: float, timeout: float
-    ) -> Channel:
+    def _accept(self, selector: selectors.BaseSelector, ends_at: float, timeout: float) -> Channel:
         while True:
             now = time.monotonic()
             if now >= ends_at:
@@ -230,13 +230,14 @@ class PatchListener:
             selector.unregister(pending.socket)
             self._pending.remove(pending)
             return self._finish(pending, agreed)
+        except handshake.HelloMismatch as error:
+            self._turn_away(selector, pending, str(error))
+            raise  # it is the peer that was waited for, and it will not get better
         except (PipeliveError, OSError) as error:
             self._turn_away(selector, pending, str(error))
             return None
 
-    def _turn_away(
-        self, selector: selectors.BaseSelector, pending: _Pending, reason: str
-    ) -> None:
+    def _turn_away(self, selector: selectors.BaseSelector, pending: _Pending, reason: str) -> None:
         self._note(reason)
         if pending in self._pending:
             self._pending.remove(pending)
@@ -454,9 +455,7 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def _check_same_user(connected: socket.socket) -> None:
-    credentials = connected.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-    )
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if uid != os.geteuid():
         raise ProtocolError(f"the peer is user {uid}, expected {os.geteuid()}, our own")

@@ -21,9 +21,7 @@ class WeightTensor:
     It is a view: it must not be used, and nothing made from it, after the layer was dropped.
     """
 
-    def __init__(
-        self, spec: TensorSpec, memory: Any, data_bytes: npt.NDArray[np.uint8]
-    ) -> None:
+    def __init__(self, spec: TensorSpec, memory: Any, data_bytes: npt.NDArray[np.uint8]) -> None:
         self.spec = spec
         self.data_bytes = data_bytes
         self._memory = memory

@@ -94,8 +94,7 @@ class _File:
                 )
             if base + end > size:
                 raise WeightsError(
-                    f"{self.path}: truncated: {name} ends at byte {base + end}, "
-                    f"the file has {size}"
+                    f"{self.path}: truncated: {name} ends at byte {base + end}, the file has {size}"
                 )
             yield name, _Entry(self, base + begin, spec)
 
@@ -116,8 +115,7 @@ class _File:
                 raise WeightsError(f"{self.path}: {name}: {error.strerror}") from error
             if count == 0:
                 raise WeightsError(
-                    f"{self.path}: truncated while in use: {name} has "
-                    f"{done} of {len(view)} bytes"
+                    f"{self.path}: truncated while in use: {name} has {done} of {len(view)} bytes"
                 )
             done += count
 
@@ -220,7 +218,9 @@ class SafetensorsSource:
             found.update(self._add(self.path / shard))
         for name, shard in shards.items():
             if name not in found:
-                raise WeightsError(f"{self.path / shard}: {name} is missing; the index puts it here")
+                raise WeightsError(
+                    f"{self.path / shard}: {name} is missing; the index puts it here"
+                )
         return found
 
     def _add(self, path: Path) -> dict[str, _Entry]:

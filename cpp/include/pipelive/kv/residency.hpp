@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <utility>
 
 #include "pipelive/base/deadline.hpp"
@@ -85,7 +86,9 @@ class Residency {
 
  private:
   void check_held(std::uint32_t layer, std::uint64_t limit) const;
-  [[noreturn]] void fail(std::uint32_t layer, std::int64_t id, std::uint64_t limit) const;
+  template <typename T>
+  void check_ids(std::uint32_t layer, std::span<const T> ids) const;
+  [[noreturn]] static void fail(std::uint32_t layer, const std::string& id, std::uint64_t limit);
 
   const std::uint32_t num_layers_;
   const std::unique_ptr<std::atomic<std::uint64_t>[]> limits_;

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "pipelive/kv/layer_view.hpp"
+#include "pipelive/kv/residency.hpp"
 #include "pipelive/kv/spec.hpp"
 
 namespace pipelive {
@@ -15,7 +17,12 @@ struct PatchLayer {
   std::uint32_t layer = 0;
   BlockLayout layout;
   LayerMemory memory;
-  std::shared_ptr<const void> owner;  ///< keeps `memory` mapped; may be empty
+  /// Says which blocks are mapped, and keeps them so while they are used. Empty where all blocks of
+  /// `memory` always are.
+  std::shared_ptr<const BlockMemory> blocks;
+
+  /// Throws Error(invalid_argument) for memory that the host does not reach.
+  [[nodiscard]] static PatchLayer of(const LayerView& view);
 };
 
 /// The moving layers of a session, ascending. Their memory order may differ from the peer's and
@@ -42,16 +49,19 @@ class PatchLayers {
   [[nodiscard]] std::uint64_t max_blocks() const noexcept { return max_blocks_; }
   [[nodiscard]] std::uint64_t max_slots() const noexcept { return max_blocks_ * spec_.block_size; }
 
+  /// While the result lives, no block that is mapped is unmapped. May wait for a resize under way.
+  [[nodiscard]] std::vector<Residency::Use> use() const;
+  /// Block ids [0, n) are mapped in every layer; 0 where a layer is not held. Stays true under
+  /// use().
+  [[nodiscard]] std::uint64_t resident_blocks() const noexcept;
+
  private:
   KVSpec spec_;
   std::vector<PatchLayer> layers_;
   std::vector<std::uint32_t> ids_;
+  std::vector<std::shared_ptr<const BlockMemory>> memories_;  // each once
   std::size_t slot_bytes_ = 0;
   std::uint64_t max_blocks_ = 0;
 };
-
-/// Ranges in bytes of block ids and back are easy to get wrong, so the rule is in one place: a
-/// capacity of `blocks` makes the slots [0, blocks * block_size) usable.
-[[nodiscard]] std::uint64_t checked_capacity(const PatchLayers& layers, std::uint64_t blocks);
 
 }  // namespace pipelive

@@ -54,7 +54,7 @@ class PatchReceiver {
  public:
   struct Options {
     std::uint64_t epoch = 0;
-    std::uint64_t capacity = 0;    ///< block ids [0, capacity) are mapped here
+
     std::optional<bool> checksum;  ///< demanded (or refused) of the sender; empty: as it likes
   };
 
@@ -76,13 +76,13 @@ class PatchReceiver {
   /// Waits until all bytes of a region are there.
   void wait_region(std::uint64_t id, Deadline deadline);
 
-  /// Block ids [0, blocks) are mapped here. To be called before unmapping and after mapping; when
-  /// it has returned, nothing is written beyond.
+  /// Tells of a resize: block ids [0, blocks) are usable from step `resize_seq` on (the number in
+  /// whose stamp the resize came). When it has returned, nothing is written beyond.
   ///
-  /// A record beyond the capacity waits for it to be raised, until run's deadline: the source may
-  /// have grown first. Where the capacity was lowered with step `resize_seq` (the number in whose
-  /// stamp the resize came), what a record of an earlier step says about slots beyond is dropped:
-  /// the resize has moved what was live there, and the source sends it again under its new id.
+  /// Memory that is not mapped is never touched, told or not. A record that reaches beyond waits
+  /// for the pool to grow, until run's deadline: the source may have grown first. But what a round
+  /// of before `resize_seq` says about slots beyond is dropped: the resize has moved what was live
+  /// there, and the source sends it again under its new id.
   void set_capacity(std::uint64_t blocks, std::int64_t resize_seq = -1);
 
   /// Nothing is written any more when this has returned. From any thread, any number of times.
@@ -99,6 +99,13 @@ class PatchReceiver {
     bool complete = false;
   };
 
+  // Leave to touch the slots below `slots`.
+  struct Access {
+    std::unique_lock<std::mutex> lock;
+    std::vector<Residency::Use> uses;
+    std::uint64_t slots = 0;
+  };
+
   void receive_all(Deadline deadline);
   bool handle(const wire::Message& message, Deadline deadline);
   void check_header(const wire::Header& header) const;
@@ -111,9 +118,8 @@ class PatchReceiver {
   void take_finish(Deadline deadline);
   void complete_rounds(Deadline deadline);
   std::uint64_t check_records(const wire::Message& message) const;
-  void write_records(const wire::Message& message);
-  std::unique_lock<std::mutex> lock_for(const wire::Message& message, std::uint64_t last_slot,
-                                        Deadline deadline);
+  void write_records(const wire::Message& message, std::uint64_t end_slot);
+  Access access(const wire::Message& message, std::uint64_t end_slot, Deadline deadline);
   void reply(wire::Header header, std::span<const std::byte> payload, Deadline deadline);
   void tell_abort(const Error& error) noexcept;
   void end(std::optional<Error> failure);
@@ -134,7 +140,7 @@ class PatchReceiver {
   // Held while anything live is written or read; guards the capacity.
   std::mutex memory_mutex_;
   std::condition_variable capacity_changed_;
-  std::uint64_t capacity_;
+  std::uint64_t capacity_ = ~std::uint64_t{0};
   std::int64_t resize_seq_ = -1;
   bool cancelled_ = false;
 

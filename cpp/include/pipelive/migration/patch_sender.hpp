@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -27,16 +26,16 @@ struct RoundStats {
   std::uint64_t messages = 0;
   std::uint64_t bytes = 0;          ///< as sent, headers and tables included
   std::uint64_t slots = 0;          ///< summed over layers
-  std::uint64_t skipped_slots = 0;  ///< beyond the capacity, so not live; summed over layers
+  std::uint64_t skipped_slots = 0;  ///< beyond what is mapped, so not live; summed over layers
   double busy_seconds = 0.0;        ///< packing and sending; not waiting for the rate limit or acks
 };
 
 /// The source's end of a migration session: packs slot ranges of the moving layers straight into
 /// the channel's buffers and sends them, round by round.
 ///
-/// One thread sends. Others may call wait_applied, applied_through, set_rate_limit, set_capacity
-/// and cancel. After an error in the middle of a message, and after a peer's refusal, every call
-/// throws that error again.
+/// One thread sends. Others may call wait_applied, applied_through, set_rate_limit and cancel.
+/// After an error in the middle of a message, and after a peer's refusal, every call throws that
+/// error again.
 class PatchSender {
  public:
   struct Options {
@@ -44,7 +43,6 @@ class PatchSender {
     std::size_t max_message_bytes = std::size_t{4} << 20;
     double rate_limit = 0.0;  ///< bytes per second; 0 for none
     bool checksum = true;
-    std::uint64_t capacity = 0;  ///< block ids [0, capacity) are mapped here
   };
 
   /// Sends nothing yet. Throws Error(invalid_argument) where an option is out of range or a message
@@ -55,8 +53,9 @@ class PatchSender {
   /// Sends `ranges` of `layers` (ids; all moving layers where empty) and the round's end.
   ///
   /// `round` only names the round in errors. `through_seq` (-1 or more, not less than before) says
-  /// that with this round every write of steps up to it has been sent. Slots beyond the capacity
-  /// are skipped. Returns when all is handed to the channel, not when it is applied.
+  /// that with this round every write of steps up to it has been sent. Slots that are not mapped
+  /// are skipped, since nothing live is there; a layer that is not held throws Error(not_resident).
+  /// Returns when all is handed to the channel, not when it is applied.
   RoundStats send_round(std::uint64_t round, std::int64_t through_seq,
                         std::span<const SlotRange> ranges, std::span<const std::uint32_t> layers,
                         Deadline deadline);
@@ -77,9 +76,6 @@ class PatchSender {
   void finish(Deadline deadline);
 
   void set_rate_limit(double bytes_per_second) { limit_.set(bytes_per_second); }
-  /// Block ids [0, blocks) are mapped here. To be called before unmapping and after mapping: when
-  /// it has returned, nothing beyond is read any more.
-  void set_capacity(std::uint64_t blocks);
   /// Nothing is sent any more when this has returned. From any thread, any number of times.
   void cancel();
 
@@ -100,6 +96,7 @@ class PatchSender {
                  Deadline deadline, RoundStats& stats);
   std::uint32_t pack(std::span<const wire::Record> records, std::span<std::byte> payload,
                      std::uint32_t crc);
+  [[nodiscard]] std::uint64_t mapped_slots() const;
   [[nodiscard]] std::vector<SlotRange> resident(std::span<const SlotRange> ranges,
                                                 std::uint64_t& skipped) const;
 
@@ -124,9 +121,6 @@ class PatchSender {
   std::uint64_t next_round_ = 0;
   std::int64_t last_through_ = -1;
   std::uint32_t next_verify_ = 0;
-
-  std::mutex memory_mutex_;  // held while layer memory is read; guards the capacity
-  std::atomic<std::uint64_t> capacity_;
 
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;

@@ -68,8 +68,10 @@ struct Header {
   std::uint64_t offset = 0;
 };
 
-/// Slots of one layer. Their generation is the through_seq of the collect that named them plus one,
-/// so that 0 is older than everything.
+/// Slots of one layer. Their generation is the number of the round that packed them plus one, so
+/// that 0 is older than everything: a round packs after the one before, so its bytes are never
+/// older. (The through_seq would not do: a collect can find writes without a step having been
+/// completed.)
 struct Record {
   std::uint64_t begin = 0;
   std::uint64_t generation = 0;

@@ -12,6 +12,7 @@ from pipelive_kv.engines.reference.config import (
     RequestResult,
     StageTimes,
     StepRecord,
+    WrapHooks,
 )
 from pipelive_kv.engines.reference.engine import Engine
 
@@ -23,4 +24,5 @@ __all__ = [
     "RequestResult",
     "StageTimes",
     "StepRecord",
+    "WrapHooks",
 ]

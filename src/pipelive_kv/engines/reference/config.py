@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pipelive_kv.errors import InvalidArgumentError, PipeliveError
 from pipelive_kv.placement import Placement
+
+if TYPE_CHECKING:
+    from pipelive_kv.kv import KVPool
+    from pipelive_kv.stage import EngineHooks
+
+WrapHooks: TypeAlias = "Callable[[EngineHooks, KVPool], EngineHooks]"
 
 __all__ = [
     "EngineConfig",
@@ -16,6 +23,7 @@ __all__ = [
     "RequestResult",
     "StageTimes",
     "StepRecord",
+    "WrapHooks",
 ]
 
 
@@ -49,6 +57,9 @@ class EngineConfig:
         record_dir: where decisions are recorded; None: in a folder that goes with the engine.
         start_timeout: seconds for all stages to come up.
         step_timeout: seconds for a step to come back.
+        wrap_hooks: called in every stage process with the engine's hooks and the stage's pool; what
+            it returns is told of reconfigurations in their place. To measure, or to make faults. A
+            function that can be imported by its name.
     """
 
     model: Path | str
@@ -71,6 +82,7 @@ class EngineConfig:
     record_dir: Path | str | None = None
     start_timeout: float = 120.0
     step_timeout: float = 60.0
+    wrap_hooks: WrapHooks | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "lanes", "max_batch", "chunk", "max_tokens", "threads"):

@@ -215,9 +215,7 @@ class Engine:
             ],
             self._on_done,
         )
-        self._scheduler = Scheduler(
-            config.placement, allocator=self._allocator, control=endpoint
-        )
+        self._scheduler = Scheduler(config.placement, allocator=self._allocator, control=endpoint)
         self._scheduler.on_remap(self._batcher.remap)
         self._stages.await_ready(config.start_timeout)
         if self._coordinator is not None:
@@ -235,7 +233,7 @@ class Engine:
     def _issue(self) -> None:
         """Send out steps until the next one's lane is busy or there is nothing to do."""
         scheduler, stages = self.scheduler, self._stages
-        assert stages is not None  # noqa: S101 - for the type checker: set while open
+        assert stages is not None
         while not self._batcher.is_busy(scheduler.next_seq):
             if self._batcher.is_idle and not scheduler.wants_step:
                 return
@@ -266,7 +264,7 @@ class Engine:
 
     def _wait(self, on_token: OnToken | None, on_step: OnStep | None) -> None:
         stages = self._stages
-        assert stages is not None  # noqa: S101 - as above
+        assert stages is not None
         try:
             event = self._done.get(timeout=0.05 if self._issued else 0.005)
         except queue.Empty:

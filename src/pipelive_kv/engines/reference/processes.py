@@ -47,9 +47,7 @@ class StageProcesses:
         on_done: called in the listening thread with every result and the time it came in.
     """
 
-    def __init__(
-        self, launches: list[Launch], on_done: Callable[[StepDone, float], None]
-    ) -> None:
+    def __init__(self, launches: list[Launch], on_done: Callable[[StepDone, float], None]) -> None:
         self._on_done = on_done
         self._events: queue.SimpleQueue[Ready | EngineFailedError] = queue.SimpleQueue()
         self._context = zmq.Context()

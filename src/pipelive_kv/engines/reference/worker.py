@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections import deque
@@ -49,6 +50,8 @@ def results_address(directory: str) -> str:
 
 def main(launch: Launch) -> None:
     """Run a stage until it is told to stop, or the driver has gone; the process's entry point."""
+    # Ctrl-C reaches every process of a terminal; the driver is the one that ends the stages.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Before torch is imported: gloo is to listen on loopback alone, and processes that share a few
     # cores lose most of their time when each starts a thread per core.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -146,7 +149,7 @@ class _Worker:
             pp_size=self._size,
             pool=pool,
             placement=config.placement,
-            hooks=self._model,
+            hooks=config.wrap_hooks(self._model, pool) if config.wrap_hooks else self._model,
             weights=arena,
             control=control,
             transport=config.transport,

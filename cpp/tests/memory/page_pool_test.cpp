@@ -1,0 +1,223 @@
+#include "pipelive/memory/page_pool.hpp"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <thread>
+
+#include "device/device_test_tools.hpp"
+#include "pipelive/device/fault_device.hpp"
+#include "pipelive/device/host_device.hpp"
+#include "pipelive/memory/arena.hpp"
+
+namespace pipelive {
+namespace {
+
+using testing::kPage;
+
+class PagePoolTest : public ::testing::Test {
+ protected:
+  std::shared_ptr<PagePool> make(std::size_t pages, std::size_t ahead = 0) {
+    return PagePool::create(fault_, {kPage, pages * kPage, ahead});
+  }
+  void TearDown() override {
+    fault_->disarm();
+    EXPECT_EQ(host_->usage(), DeviceUsage{});
+  }
+  std::shared_ptr<HostDevice> host_ = std::make_shared<HostDevice>();
+  std::shared_ptr<FaultDevice> fault_ = std::make_shared<FaultDevice>(host_);
+};
+
+Deadline soon() {
+  return Deadline::after_seconds(20);
+}
+
+TEST_F(PagePoolTest, RefusesOptionsOutOfRange) {
+  EXPECT_ERROR(invalid_argument, "page_bytes is 100", (void)PagePool::create(fault_, {100, 4096}));
+  EXPECT_ERROR(invalid_argument, "page_bytes is 12288",
+               (void)PagePool::create(fault_, {3 * kPage, 1 << 20}));
+  EXPECT_ERROR(invalid_argument, "budget is 4095", (void)PagePool::create(fault_, {kPage, 4095}));
+  EXPECT_ERROR(invalid_argument, "device is null", (void)PagePool::create(nullptr, {kPage, kPage}));
+}
+
+TEST_F(PagePoolTest, HoldsToItsBudgetAndReusesPages) {
+  const auto pool = make(4);
+  EXPECT_EQ(pool->budget_bytes(), 4 * kPage);
+  PageLease first = pool->take(3);
+  EXPECT_ERROR(over_budget, "2 more pages", (void)pool->take(2));
+  EXPECT_CODE(over_budget, pool->check_fits(2));
+  pool->check_fits(1);
+  const std::set<PageHandle> handles(first.pages().begin(), first.pages().end());
+  first.give_back();
+  EXPECT_EQ(pool->stats().used_bytes, 0u);
+  EXPECT_EQ(pool->stats().free_bytes, 3 * kPage);
+  EXPECT_EQ(host_->usage().page_bytes, 3 * kPage);
+  const PageLease second = pool->take(3);
+  EXPECT_EQ(std::set<PageHandle>(second.pages().begin(), second.pages().end()), handles);
+  const PagePoolStats stats = pool->stats();
+  EXPECT_EQ(stats.pages_created, 3u);
+  EXPECT_EQ(stats.pages_reused, 3u);
+  EXPECT_EQ(stats.peak_used_bytes, 3 * kPage);
+  EXPECT_EQ(stats.peak_held_bytes, 3 * kPage);
+}
+
+TEST_F(PagePoolTest, NeverHoldsMoreThanItsBudgetWhenPagesAreSplit) {
+  const auto pool = make(4);
+  PageLease lease = pool->take(4);
+  PageLease rest = lease.split(1);
+  EXPECT_EQ(lease.size(), 1u);
+  EXPECT_EQ(rest.size(), 3u);
+  EXPECT_TRUE(lease.split(5).empty());
+  rest.give_back();
+  rest.give_back();
+  EXPECT_EQ(pool->stats().used_bytes, kPage);
+  lease = pool->take(3);
+  EXPECT_EQ(pool->stats().used_bytes, 3 * kPage);
+  EXPECT_LE(pool->stats().held_bytes, pool->budget_bytes());
+}
+
+TEST_F(PagePoolTest, KnowsWhichPagesHoldZeros) {
+  const auto pool = make(4);
+  PageLease lease = pool->take(2);
+  EXPECT_FALSE(lease.dirty(0));
+  lease.mark_dirty();
+  lease.give_back();
+  // Somebody who does not care gets the used pages, so that the zeros stay for who does.
+  EXPECT_TRUE(pool->take(1, PagePool::Prefer::dirty).dirty(0));
+  PageLease mixed = pool->take(3, PagePool::Prefer::clean);
+  EXPECT_EQ(mixed.size(), 3u);
+  EXPECT_EQ(mixed.dirty(0) + mixed.dirty(1) + mixed.dirty(2), 2);
+  // A lease that nobody wrote to stays clean.
+  PageLease clean = pool->take(1);
+  EXPECT_FALSE(clean.dirty(0));
+  clean.give_back();
+  EXPECT_EQ(pool->stats().prepared_bytes, kPage);
+}
+
+TEST_F(PagePoolTest, TrimReturnsFreePages) {
+  const auto pool = make(8);
+  PageLease lease = pool->take(6);
+  PageLease kept = lease.split(2);
+  lease.give_back();
+  EXPECT_EQ(pool->trim(kPage), kPage);
+  EXPECT_EQ(host_->usage().page_bytes, 5 * kPage);
+  EXPECT_EQ(pool->trim(), kPage);
+  EXPECT_EQ(pool->trim(), 0u);
+  EXPECT_EQ(host_->resident_file_bytes(), 4 * kPage);
+}
+
+TEST_F(PagePoolTest, FailuresOfTheDeviceChangeNothing) {
+  const auto pool = make(8);
+  pool->take(2).give_back();
+  fault_->fail(DeviceCall::create_pages, 1);
+  EXPECT_CODE(device, (void)pool->take(5));
+  EXPECT_EQ(pool->stats().used_bytes, 0u);
+  EXPECT_EQ(pool->stats().free_bytes, 2 * kPage);
+  fault_->fail(DeviceCall::destroy_pages, 1);
+  EXPECT_CODE(device, pool->trim());
+  EXPECT_EQ(pool->stats().free_bytes, 2 * kPage);
+  EXPECT_EQ(pool->take(8).size(), 8u);
+}
+
+TEST_F(PagePoolTest, PreparesPagesInTheBackground) {
+  const auto pool = make(16, 6);
+  pool->wait_prepared(soon());
+  EXPECT_EQ(pool->stats().prepared_bytes, 6 * kPage);
+  const std::uint64_t calls = fault_->calls(DeviceCall::create_pages);
+  {
+    const PageLease lease = pool->take(6);
+    // What was prepared did not have to be created.
+    EXPECT_EQ(pool->stats().pages_reused, 6u);
+    pool->wait_prepared(soon());
+    EXPECT_EQ(pool->stats().prepared_bytes, 6 * kPage);
+    EXPECT_GT(fault_->calls(DeviceCall::create_pages), calls);
+  }
+  pool->prepare(0);
+}
+
+TEST_F(PagePoolTest, PreparationStopsAtTheBudget) {
+  const auto pool = make(4);
+  const PageLease lease = pool->take(3);
+  pool->prepare(4);
+  pool->wait_prepared(soon());
+  EXPECT_EQ(pool->stats().prepared_bytes, kPage);
+  EXPECT_LE(pool->stats().peak_held_bytes, pool->budget_bytes());
+  EXPECT_CODE(over_budget, pool->prepare(5));
+}
+
+TEST_F(PagePoolTest, PreparationScrubsPagesKeptForReuse) {
+  const auto pool = make(4);
+  {
+    Arena arena(pool, 4 * kPage);
+    arena.map(0, 4 * kPage);
+    fault_->fill(arena.base(), 0x7F, 4 * kPage);
+  }
+  EXPECT_EQ(pool->stats().prepared_bytes, 0u);
+  pool->prepare(4);
+  pool->wait_prepared(soon());
+  EXPECT_EQ(pool->stats().prepared_bytes, 4 * kPage);
+  Arena arena(pool, 4 * kPage);
+  arena.map(0, 4 * kPage);
+  EXPECT_EQ(testing::read(*fault_, arena.base(), 4 * kPage), std::vector<std::byte>(4 * kPage));
+}
+
+TEST_F(PagePoolTest, PreparationSurvivesARefusal) {
+  for (const DeviceCall call : {DeviceCall::create_pages, DeviceCall::reserve, DeviceCall::map,
+                                DeviceCall::fill, DeviceCall::record, DeviceCall::unmap}) {
+    const auto pool = make(4);
+    if (call != DeviceCall::create_pages) {
+      PageLease used = pool->take(2);
+      used.mark_dirty();
+    }
+    fault_->fail(call, 1);
+    pool->prepare(3);
+    pool->wait_prepared(soon());
+    EXPECT_EQ(pool->stats().prepare_failures, 1u) << to_string(call);
+    EXPECT_EQ(pool->stats().used_bytes, 0u);
+    pool->prepare(3);
+    pool->wait_prepared(soon());
+    EXPECT_EQ(pool->stats().prepared_bytes, 3 * kPage) << to_string(call);
+    EXPECT_EQ(pool->take(4).size(), 4u);
+  }
+}
+
+TEST_F(PagePoolTest, ClosingReturnsPagesAsTheyComeBack) {
+  const auto pool = make(4, 1);
+  PageLease lease = pool->take(2);
+  pool->close();
+  EXPECT_TRUE(pool->closed());
+  EXPECT_CODE(closed, (void)pool->take(1));
+  EXPECT_CODE(closed, pool->prepare(1));
+  EXPECT_EQ(host_->usage().page_bytes, 2 * kPage);
+  lease.give_back();
+  EXPECT_EQ(host_->usage().page_bytes, 0u);
+  pool->close();
+}
+
+TEST_F(PagePoolTest, ALeaseOutlivesTheHandleOfItsPool) {
+  PageLease lease = make(2)->take(2);
+  EXPECT_EQ(host_->usage().page_bytes, 2 * kPage);
+  lease.give_back();
+  EXPECT_EQ(host_->usage().page_bytes, 0u);
+}
+
+TEST_F(PagePoolTest, ThreadsShareTheBudget) {
+  const auto pool = make(32, 4);
+  std::vector<std::thread> threads;
+  for (unsigned number = 0; number < 4; ++number) {
+    threads.emplace_back([&pool, number] {
+      for (std::size_t round = 0; round < 200; ++round) {
+        PageLease lease = pool->take((number + round) % 8 + 1);
+        EXPECT_LE(pool->stats().held_bytes, pool->budget_bytes());
+        lease.mark_dirty();
+        if (round % 16 == 0) pool->trim();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_LE(pool->stats().peak_held_bytes, pool->budget_bytes());
+  EXPECT_EQ(pool->stats().used_bytes, 0u);
+}
+
+}  // namespace
+}  // namespace pipelive
