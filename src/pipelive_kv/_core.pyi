@@ -41,6 +41,7 @@ def cuda_probe(library: str) -> _CudaProbe: ...
 def cuda_scale(
     values: npt.ArrayLike, factor: float, device: int, library: str
 ) -> npt.NDArray[np.float32]: ...
+
 class DeviceUsage:
     reserved_bytes: int
     page_bytes: int
