@@ -86,6 +86,7 @@ class StageService:
             case Arm():
                 return self._arm(request)
             case Commit():
+                self._session(request.epoch).commit()
                 return Done()
             case AwaitSwitched():
                 return self._await_switched(request)
@@ -227,11 +228,10 @@ class StageService:
     ) -> Incoming:
         stage = self._stage
         views = {layer: stage.pool.layer(layer) for layer in layers}
+        regions = target.regions(layers)
 
         def make_receiver(channel: Channel) -> PatchReceiver:
-            return PatchReceiver(
-                channel, stage.pool.spec, views, epoch=epoch, regions=target.regions(layers)
-            )
+            return PatchReceiver(channel, stage.pool.spec, views, epoch=epoch, regions=regions)
 
         listener = PatchListener(stage.transport, key=self._key, hello=self._hello(epoch))
         return Incoming(source, layers, listener, make_receiver, ends_at)

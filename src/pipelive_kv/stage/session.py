@@ -64,7 +64,13 @@ class StageSession:
         """Called in the engine's thread before step ``step``, the first of the new placement."""
         self.switch_step = step
         if self.source is not None:
+            self.source.commit()
             self.source.switch(step)
+
+    def commit(self) -> None:
+        """The epoch is committed; its first step may come at any time."""
+        if self.source is not None:
+            self.source.commit()
 
     def switched(self, last_old_end_ns: int, first_new_start_ns: int, activate_s: float) -> None:
         """Note what the activation cost."""

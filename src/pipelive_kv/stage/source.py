@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.messages import Converged, RoundRecord
 from pipelive_kv.migration import PatchSender, StopPredictor
+from pipelive_kv.stage.limits import JOIN_TIMEOUT, TRANSFER_TIMEOUT
 from pipelive_kv.tracker import DirtyTracker
 
 Ranges = npt.NDArray[np.uint64]
@@ -117,6 +119,12 @@ class SourceSession:
             self._shared.limit = step - 1
             self._lock.notify_all()
 
+    def commit(self) -> None:
+        """The switchover is decided: it is made whenever its step comes, and has no deadline."""
+        with self._lock:
+            self._ends_at = math.inf
+            self._lock.notify_all()
+
     def await_converged(self, timeout: float) -> Converged:
         """Wait until the predicted stop time is below the limit; raises what the thread raised."""
         self._wait(lambda: self._shared.converged is not None, timeout, "to converge")
@@ -165,7 +173,7 @@ class SourceSession:
         for move in self.outgoing:
             move.sender.cancel()
         if self._thread is not None:
-            self._thread.join(timeout=max(1.0, self._ends_at - time.monotonic()))
+            self._thread.join(timeout=JOIN_TIMEOUT)
 
     # -- the patch thread --------------------------------------------------------------------------
 
@@ -189,6 +197,8 @@ class SourceSession:
             self._end(PipeliveError(f"patch thread: {type(error).__name__}: {error}"))
         finally:
             self._tracker.release_hold()
+            for move in self.outgoing:
+                move.sender.channel.close()
 
     def _patch(self, max_stop_ms: float, max_rounds: int) -> None:
         number, sent_through = 1, self._start_seq
@@ -265,7 +275,8 @@ class SourceSession:
                 or shared.sealed > sent_through
                 or (shared.limit is not None and sent_through >= shared.limit)
             ):
-                self._lock.wait(self._rest())
+                if not self._lock.wait(self._rest()):
+                    continue  # no step ended: the engine is idle, or the deadline has passed
 
     def _finish(self) -> None:
         if self._verify and self._sent:
@@ -294,7 +305,7 @@ class SourceSession:
         rest = self._ends_at - time.monotonic()
         if rest <= 0:
             raise DeadlineError(f"the migration of epoch {self.epoch} ran past its deadline")
-        return rest
+        return min(rest, TRANSFER_TIMEOUT)
 
     def _wait(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
         end = time.monotonic() + timeout

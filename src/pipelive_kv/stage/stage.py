@@ -22,12 +22,10 @@ from pipelive_kv.kv import KVPool
 from pipelive_kv.messages import Stamp
 from pipelive_kv.placement import Placement, whole_stacks
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.limits import GATE_TIMEOUT
 from pipelive_kv.stage.service import StageService
 from pipelive_kv.stage.session import StageSession
 from pipelive_kv.tracker import DirtyTracker
-
-GATE_TIMEOUT = 30.0
-"""Seconds that a gained layer waits for its KV before the step fails; see ``Stage``."""
 
 Slots = npt.NDArray[np.int64]
 
