@@ -25,6 +25,7 @@ class _BuildInfo(TypedDict):
     build_type: str
     sanitizers: str
     baseline_isa: list[str]
+    attention_isa: list[str]
     cuda_compiler: str
     cuda_archs: list[str]
     cuda_kernels: list[str]
