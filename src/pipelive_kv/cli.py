@@ -102,7 +102,10 @@ def _run_demo(options: DemoOptions) -> int:
         sys.stdout.buffer.write(to_json(report))
         sys.stdout.flush()
     else:
-        print_summary(report, Console(), options.out)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=110)  # tables that a log can hold, whatever it takes for width
+        print_summary(report, console, options.out)
     return OK if report.ok else FAILED
 
 

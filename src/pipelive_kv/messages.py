@@ -29,6 +29,8 @@ class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Block ids below this number are resident while the step runs."""
     moves: tuple[tuple[int, int], ...] = ()
     """Where this step brings a new ``resize``: (old, new) block copies to make before it runs."""
+    needs: int | None = None
+    """The last step whose writes this one may read or overwrite; None: the one before it."""
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):

@@ -120,6 +120,10 @@ class Scheduler:
         placement: the placement of the first step.
         allocator: the owner of the block ids.
         control: where the coordinator listens; None for an engine that never reconfigures.
+        reads_retired: promise that a step touches only what retired steps have written: no step
+            is stamped while one that it follows on from is under way. A layer that has just moved
+            then waits for the writes of retired steps alone, not for steps of other micro-batches
+            that are still on their way through the pipeline.
     """
 
     def __init__(
@@ -128,7 +132,9 @@ class Scheduler:
         *,
         allocator: BlockOwner,
         control: ControlEndpoint | None = None,
+        reads_retired: bool = False,
     ) -> None:
+        self._reads_retired = reads_retired
         self._allocator = allocator
         self._placement = placement
         self._lock = threading.Condition()
@@ -202,6 +208,9 @@ class Scheduler:
                 resize=state.resize,
                 capacity=self._allocator.capacity,
                 moves=state.moves,
+                # Not only what a step reads: a block that it is the first to use again may be in
+                # a patch of the step that used it last, which has retired too.
+                needs=state.retired if self._reads_retired else None,
             )
             state.next_seq += 1
             state.moves = ()

@@ -105,12 +105,12 @@ def recorder(switches: list[tuple[str, str, Placement, Placement, int]], steps: 
 def moved() -> Outcome:
     switches = [
         ("no-op 1", "no-op", OLD, OLD, 90),
-        ("move out", "live", OLD, NEW, 150),
+        ("move 1", "live", OLD, NEW, 150),
         ("no-op 2", "no-op", NEW, NEW, 200),
-        ("move back", "live", NEW, OLD, 270),
+        ("move 2", "live", NEW, OLD, 270),
         ("no-op 3", "no-op", OLD, OLD, 320),
     ]
-    return Outcome(recorder(switches), (101, 102), [Arrival(5, 130, "move out", "staging")])
+    return Outcome(recorder(switches), (101, 102), [Arrival(5, 130, "move 1", "staging")])
 
 
 def baselines() -> Baselines:

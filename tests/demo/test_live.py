@@ -16,7 +16,7 @@ def play(view, found):
     for token in recorder.tokens[:200]:
         view.on_token(token.request, token.token)
     view.on_sample(recorder.samples[0])
-    view.on_move("move out", "live", synthetic.OLD, synthetic.NEW)
+    view.on_move("move 1", "live", synthetic.OLD, synthetic.NEW)
     for phase in (Phase.ADMITTED, Phase.STAGING, Phase.PATCHING):
         view.on_phase(phase)
     view.on_sample(recorder.samples[10])

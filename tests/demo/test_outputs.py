@@ -39,14 +39,14 @@ def test_report(findings):
     report = report_of(findings)
     assert report.ok
     assert report.verdict == "tokens identical: 6/6"
-    assert [move.name for move in report.moves] == ["move out", "move back"]
+    assert [move.name for move in report.moves] == ["move 1", "move 2"]
     assert report.moves[0].layers_moved == tuple(range(10, 20))
     assert report.moves[0].arrivals == 1
     assert report.moves[0].stop_ms == pytest.approx(1.7)
     assert len(report.noops) == 3
     assert report.memory[0].process == 101
     assert report.memory[1].ok
-    assert report.requests[5].arrived_in == "move out, staging"
+    assert report.requests[5].arrived_in == "move 1, staging"
     assert report.restart.stop_ms > report.stop_and_copy.gap.max_ms > report.moves[0].gap.max_ms
 
 
@@ -95,7 +95,7 @@ def test_summary_says_the_verdict(findings):
     assert "tokens identical: 6/6" in text
     assert "stop-and-copy" in text
     assert "restart" in text
-    assert "in the middle of move out" in text
+    assert "in the middle of move 1" in text
 
 
 def test_warns_where_the_run_did_not_show_what_it_should(findings):

@@ -53,7 +53,7 @@ def run_demo(options: DemoOptions, view: View) -> DemoReport:
     started = time.monotonic()
     setup = prepare(options, view.say)
     view.on_setup(setup)
-    pace = Pace(warm=3, settle=6, noops=1) if options.quick else Pace()
+    pace = Pace(warm=3, settle=6, cycles=1) if options.quick else Pace()
     wrapped = zero_moved_layer if options.corrupt else None
     view.say("starting the stage processes")
     with Engine(setup.config_with(setup.source, wrap_hooks=wrapped)) as engine:

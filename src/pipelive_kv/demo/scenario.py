@@ -26,12 +26,12 @@ class Pace:
     Attributes:
         warm: every request has got that many before the first reconfiguration.
         settle: steps between two reconfigurations.
-        noops: switchovers that change nothing, before each move and after the last.
+        cycles: moves there and back.
     """
 
     warm: int = 8
-    settle: int = 12
-    noops: int = 2
+    settle: int = 10
+    cycles: int = 2
 
 
 @dataclass
@@ -162,7 +162,11 @@ class ScriptedRun:
 
 
 def moved_run(engine: Engine, setup: Setup, pace: Pace, view: View) -> Outcome:
-    """Move layers there and back while every request decodes; one arrives inside the first move."""
+    """Move layers there and back while every request decodes; one arrives inside the first move.
+
+    Before each move and after the last one there is a switchover that changes nothing: what its
+    gaps have, those of the others have in any case.
+    """
     run = ScriptedRun(engine, view)
     *first, late = setup.requests
     arrivals: list[Arrival] = []
@@ -172,24 +176,23 @@ def moved_run(engine: Engine, setup: Setup, pace: Pace, view: View) -> Outcome:
     def arrive(job: Job) -> None:
         step = engine.scheduler.next_seq
         number = run.submit(dataclasses.replace(late, arrival_step=step))
-        arrivals.append(Arrival(number, step, "move out", job.phase.value))
+        arrivals.append(Arrival(number, step, names[0], job.phase.value))
         view.say(f"request {number} arrives at step {step}, in phase {job.phase.value}")
+
+    names = [f"move {number + 1}" for number in range(2 * pace.cycles)]
 
     def script() -> Script:
         yield from run.wait_tokens(pace.warm)
-        noop = 0
-        for name, placement, middle in (
-            ("move out", setup.target, arrive),
-            ("move back", setup.source, None),
-            ("", None, None),
-        ):
-            for _ in range(pace.noops):
-                noop += 1
-                yield from run.reconfigure(f"no-op {noop}", engine.placement, mode="no-op")
-                yield from run.wait_steps(pace.settle)
-            if placement is not None:
-                yield from run.reconfigure(name, placement, in_the_middle=middle)
-                yield from run.wait_steps(pace.settle)
+        for number, name in enumerate(names):
+            yield from run.reconfigure(f"no-op {number + 1}", engine.placement, mode="no-op")
+            yield from run.wait_steps(pace.settle)
+            yield from run.reconfigure(
+                name,
+                setup.source if number % 2 else setup.target,
+                in_the_middle=None if number else arrive,
+            )
+            yield from run.wait_steps(pace.settle)
+        yield from run.reconfigure(f"no-op {len(names) + 1}", engine.placement, mode="no-op")
 
     outcome = run.play(script())
     outcome.arrivals = arrivals

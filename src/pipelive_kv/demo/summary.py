@@ -10,8 +10,6 @@ from rich.text import Text
 
 from pipelive_kv.demo.report import DemoReport, Gaps, MoveReport
 
-NUMBER = {"justify": "right", "no_wrap": True}
-
 
 def print_summary(report: DemoReport, console: Console, folder: Path) -> None:
     """Print the tables, the verdict and where the files are."""
@@ -59,23 +57,24 @@ def _stops(report: DemoReport) -> Table:
     """What a request notices, the three ways of changing the placement side by side."""
     old, new = ("/".join(map(str, counts)) for counts in report.placements)
     table = Table(
-        title=f"Changing {report.model} from {old} to {new} while {report.moves[0].decoding} "
-        "requests decode",
+        title=f"Changing {report.model} from {old} to {new} and back while "
+        f"{report.moves[0].decoding} requests decode",
         title_style="bold",
         title_justify="left",
     )
-    table.add_column("")
-    table.add_column("stop time", justify="right", style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("stop time", justify="right", style="bold", no_wrap=True)
     table.add_column("longest gap between\ntwo tokens", justify="right")
     table.add_column("over that of\na no-op", justify="right")
-    table.add_column("KV", justify="right")
+    table.add_column("KV", justify="right", no_wrap=True)
     noop = report.moved.gaps.noop
     for move in report.moves:
-        table.add_row(f"live, {move.name}", *_stop_cells(move), style="green")
+        way = f"{'/'.join(map(str, move.old))} to {'/'.join(map(str, move.new))}"
+        table.add_row(f"live, {move.name}: {way}", *_stop_cells(move), style="green")
     table.add_row("stop-and-copy", *_stop_cells(report.stop_and_copy))
     restart = report.restart
     table.add_row(
-        "restart of the stage processes",
+        "restart of the processes",
         f"{restart.stop_ms:,.0f} ms",
         f"{restart.stop_ms:,.0f} ms",
         f"{restart.stop_ms - noop.max_ms:+,.0f} ms",
@@ -96,10 +95,10 @@ def _stop_cells(move: MoveReport) -> tuple[str, str, str, str]:
 
 def _moves(report: DemoReport) -> Table:
     table = Table(title="The moves", title_style="bold", title_justify="left")
-    names = ("", "layers", "took", "rounds", "slots in bulk", "in rounds", "predicted stop",
-             "blocks before / during / after")  # fmt: skip
+    names = ("", "layers", "took", "rounds", "slots:\nbulk", "\nrounds", "predicted\nstop",
+             "blocks resident:\nbefore, during, after")  # fmt: skip
     for name in names:
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for move in (*report.moves, report.stop_and_copy):
         layers = move.layers_moved
         bulk = sum(r.dirty_slots for r in move.rounds if r.number == 0)
@@ -112,7 +111,7 @@ def _moves(report: DemoReport) -> Table:
             str(bulk),
             str(patched),
             f"{move.stop_predicted_ms:.1f} ms" if move.mode == "live" else "-",
-            " / ".join(map(str, move.capacity)),
+            ", ".join(map(str, move.capacity)),
         )
     return table
 

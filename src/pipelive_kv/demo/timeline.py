@@ -23,7 +23,7 @@ PHASE_COLORS = {
     "staging": "#f5d9a8",
     "patching": "#f2b8a0",
     "armed": "#e58f8a",
-    "switching": "#d1495b",
+    "switching": "#e3a6c0",
     "releasing": "#b9d8b4",
 }
 INK, FAINT = "#20262d", "#6a737d"
@@ -59,9 +59,10 @@ def draw_timeline(report: DemoReport, moved: Outcome, baselines: Baselines, path
         _overview(figure.add_subplot(grid[0, :]), report, moved.recorder)
         _zooms(figure, grid, report, moved.recorder, baselines.recorder)
         live = [s for s in moved.recorder.switchovers if s.mode == "live"]
-        for index, move in enumerate(report.moves[:2]):
+        # With more than two moves, the first one (a request arrives) and the last one are shown.
+        for index, number in enumerate((0, len(live) - 1) if live else ()):
             axis = figure.add_subplot(grid[2, 3 * index : 3 * index + 3])
-            _rounds(axis, move, live[index], moved.recorder)
+            _rounds(axis, report.moves[number], live[number], moved.recorder)
         _memory(figure.add_subplot(grid[3, :]), report, moved.recorder)
         figure.savefig(path)
         plt.close(figure)
@@ -132,7 +133,8 @@ def _zooms(figure: Any, grid: Any, report: DemoReport, moved: Recorder, held: Re
     chosen: list[tuple[str, str, Recorder, Switchover]] = []
     noop = [s for s in moved.switchovers if s.mode == "no-op"]
     live = [s for s in moved.switchovers if s.mode == "live"]
-    # The move without a prompt next to it shows best what the switchover itself costs.
+    # Of the moves in the direction of the stop-and-copy, the last one: no prompt runs next to it.
+    live = [s for s in live if s.report.new.counts == report.placements[1]]
     for title, color, recorder, found in (
         ("Switchover that changes nothing", NOOP, moved, noop[-1:]),
         (f"Live switchover: {live[-1].name}" if live else "", LIVE, moved, live[-1:]),
@@ -294,7 +296,9 @@ def _legend(axis: Any) -> None:
         axis.plot([], [], color=LIVE, lw=1.6, label="switchover")[0],
         axis.plot([], [], color=NOOP, lw=0.9, ls=(0, (3, 2)), label="no-op switchover")[0],
     ]
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, frameon=False)
+    axis.legend(
+        handles=handles, loc="lower right", bbox_to_anchor=(1, 1.13), ncols=4, frameon=False
+    )
 
 
 def _switch_time(switch: Switchover) -> float:

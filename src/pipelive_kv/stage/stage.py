@@ -185,7 +185,8 @@ class Stage:
         """See :meth:`Step.gate`."""
         session = self._session
         if session is not None and session.switch_step is not None:
-            session.gate(layer, self._gate_timeout)
+            needs = stamp.seq - 1 if stamp.needs is None else stamp.needs
+            session.gate(layer, needs, self._gate_timeout)
 
     def end(self, step: Step) -> None:
         """End a step: its writes are complete, and may be sent.

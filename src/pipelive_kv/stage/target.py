@@ -205,12 +205,12 @@ class TargetSession:
         for incoming in self.incoming:
             incoming.check()
 
-    def gate(self, layer: int, step: int, timeout: float) -> None:
-        """Wait until ``layer`` holds all writes of the steps before ``step``."""
+    def gate(self, layer: int, through: int, timeout: float) -> None:
+        """Wait until ``layer`` holds all writes of the steps up to ``through``."""
         incoming = self._source_of.get(layer)
         if incoming is None:
             return
-        incoming.wait_applied(step - 1, timeout)
+        incoming.wait_applied(through, timeout)
         if self._verify:
             incoming.wait_finished(timeout)
 

@@ -215,7 +215,13 @@ class Engine:
             ],
             self._on_done,
         )
-        self._scheduler = Scheduler(config.placement, allocator=self._allocator, control=endpoint)
+        self._scheduler = Scheduler(
+            config.placement,
+            allocator=self._allocator,
+            control=endpoint,
+            # A lane's next step is built from the results of its last one.
+            reads_retired=True,
+        )
         self._scheduler.on_remap(self._batcher.remap)
         self._stages.await_ready(config.start_timeout)
         if self._coordinator is not None:
