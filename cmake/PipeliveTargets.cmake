@@ -39,6 +39,8 @@ function(pipelive_layer name)
       target_link_libraries(${name}_tests PRIVATE ${target} pipelive_flags GTest::gtest GTest::gmock
                                                   GTest::gtest_main)
       target_include_directories(${name}_tests PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests")
+      # What is tested is optimised; optimising the tests themselves would take most of a build.
+      target_compile_options(${name}_tests PRIVATE -O1)
       gtest_discover_tests(${name}_tests DISCOVERY_TIMEOUT 60)
     endif()
   endif()
