@@ -152,19 +152,28 @@ def finish(result: Result, arguments: argparse.Namespace, started: float) -> Non
     document = {
         "benchmark": result.benchmark,
         "machine": machine,
-        "arguments": {name: _plain(value) for name, value in vars(arguments).items()},
+        "arguments": vars(arguments),
         "seconds": time.monotonic() - started,
         "figures": [asdict(figure) for figure in result.figures],
         "tables": [asdict(table) for table in result.tables],
         "data": result.data,
     }
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(_plain(value), allow_nan=False)}"
+        for name, value in document.items()
+    ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1, allow_nan=True) + "\n")
+    arguments.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can say: numbers in six digits, null where there is none."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 

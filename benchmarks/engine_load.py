@@ -7,6 +7,7 @@ at every finished step, decides what happens meanwhile.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Generator
@@ -120,7 +121,7 @@ class LoadedEngine:
         prefills = sorted(seq for seq, step in self.steps.items() if step.kind == "prefill")
         found: list[tuple[Token, Token]] = []
         for tokens in self.tokens.values():
-            for last, token in zip(tokens, tokens[1:], strict=False):
+            for last, token in itertools.pairwise(tokens):
                 # Steps around a token's own are in flight at the same time, on other stages.
                 if not _any_between(prefills, last.seq - LANES, token.seq):
                     found.append((last, token))

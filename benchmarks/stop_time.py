@@ -202,8 +202,10 @@ def _tables(
         ("MB of KV per move", [report.bytes_moved / 1e6 for report in reports]),
         ("rounds per move", [float(len(report.rounds)) for report in reports]),
     ]
-    result.tables.append(Table("The moves", ("what", *SPREAD_HEAD),
-                               [[name, *Spread.of(values).cells()] for name, values in rows]))  # fmt: skip
+    result.tables.append(Table(
+        "The moves", ("what", *SPREAD_HEAD),
+        [[name, *Spread.of(values).cells()] for name, values in rows],
+    ))  # fmt: skip
     total, noop = Spread.of(s.total for s in live), Spread.of(s.total for s in stops["no-op"])
     usual = Spread.of(s.total for s in stops["baseline"])
     limit = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import tempfile
 import time
@@ -100,7 +101,7 @@ class Driver:
         self._flying += 1
 
     def _slots(self, seq: int) -> list[int]:
-        """Each sequence's next slot; at its end a sequence starts over, so the KV stays as large."""
+        """Each sequence's next slot; one at its end starts over, so that the KV stays as large."""
         size = self.shape.block_size
         position = seq % (self.blocks.shape[1] * size)
         return (self.blocks[:, position // size] * size + position % size).tolist()
@@ -143,9 +144,7 @@ class Driver:
         start, end = report.phases[0].start_ns * 1e-9, report.phases[-1].end_ns * 1e-9
         times = sorted(at for at in self.done.values() if start - 1 < at < end + 1)
         return max(
-            later - at
-            for at, later in zip(times, times[1:], strict=False)
-            if later > start and at < end
+            later - at for at, later in itertools.pairwise(times) if later > start and at < end
         )
 
     def close(self) -> None:
@@ -220,7 +219,7 @@ def evaluate(cases: list[Case], pace: float) -> Result:
         ratio = copied.p50 / live.p50
         result.figures.append(Figure(
             f"stop-and-copy over live stop time, {title}", ratio, "", "at least 20",
-            f"no-op switchover {number(noop.p50 * 1e3)} ms: {number(copied.p50 / noop.p50)} at most",
+            f"a no-op switchover's {number(noop.p50 * 1e3)} ms ({number(copied.p50 / noop.p50)} times)",
             ratio >= 20,
             f"live p50 {number(live.p50 * 1e3)} p90 {number(live.p90 * 1e3)} p99 "
             f"{number(live.p99 * 1e3)} ms (n = {live.count}), stop-and-copy p50 "

@@ -14,7 +14,7 @@ import pipelive_kv as pk
 
 @dataclass(frozen=True)
 class Shape:
-    """What is moved: ``moving`` layers of ``blocks`` live blocks; each stage has a layer besides."""
+    """``moving`` layers of ``blocks`` live blocks move; each stage has a layer besides."""
 
     moving: int
     blocks: int
