@@ -2,12 +2,17 @@
 
 add_library(pipelive_flags INTERFACE)
 target_compile_options(pipelive_flags INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # GCC 12 sees overlapping copies in its own std::string operator+ (its bug 105651).
+  target_compile_options(pipelive_flags INTERFACE -Wno-restrict)
+endif()
 if(PIPELIVE_WERROR)
   target_compile_options(pipelive_flags INTERFACE -Werror)
 endif()
 if(PIPELIVE_SANITIZE)
   target_compile_options(pipelive_flags INTERFACE -fsanitize=${PIPELIVE_SANITIZE}
-                                                 -fno-omit-frame-pointer)
+                                                 -fno-omit-frame-pointer
+                                                 -fno-sanitize-recover=all)
   target_link_options(pipelive_flags INTERFACE -fsanitize=${PIPELIVE_SANITIZE})
 endif()
 
@@ -38,12 +43,19 @@ function(pipelive_layer name)
       target_link_libraries(${name}_tests PRIVATE ${target} pipelive_flags GTest::gtest GTest::gmock
                                                   GTest::gtest_main)
       target_include_directories(${name}_tests PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests")
+      # What is tested is optimised; optimising the tests themselves would take most of a build.
+      target_compile_options(${name}_tests PRIVATE -O1)
       gtest_discover_tests(${name}_tests DISCOVERY_TIMEOUT 60)
     endif()
   endif()
-  if(PIPELIVE_BUILD_BENCH AND EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/bench/${name}_bench.cpp")
-    add_executable(${name}_bench "${CMAKE_CURRENT_SOURCE_DIR}/bench/${name}_bench.cpp")
-    target_link_libraries(${name}_bench PRIVATE ${target} pipelive_flags benchmark::benchmark_main)
-    target_include_directories(${name}_bench PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/bench")
+  if(PIPELIVE_BUILD_BENCH)
+    file(GLOB benches CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/bench/${name}_bench.cpp"
+                                        "${CMAKE_CURRENT_SOURCE_DIR}/bench/${name}_*_bench.cpp")
+    foreach(source IN LISTS benches)
+      cmake_path(GET source STEM bench)
+      add_executable(${bench} "${source}")
+      target_link_libraries(${bench} PRIVATE ${target} pipelive_flags benchmark::benchmark_main)
+      target_include_directories(${bench} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/bench")
+    endforeach()
   endif()
 endfunction()

@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "pipelive/attention/attention.hpp"
-#include "pipelive/attention/thread_pool.hpp"
+#include "pipelive/attention/layer_attention.hpp"
 #include "pipelive/base/error.hpp"
 #include "tensor_view.hpp"
 
@@ -37,12 +36,18 @@ void require_contiguous_last(const TensorView& tensor) {
   }
 }
 
-/// The KV that an operation works on, and what keeps it there meanwhile.
+/// The KV that an operation works on: a layer of a pool, or any tensor of five axes.
 struct KVArgument {
+  std::optional<LayerView> layer;
   std::optional<TensorView> tensor;
-  KVView view;
+  KVView view;  ///< of `tensor`
 
-  explicit KVArgument(py::handle object) : tensor(TensorView::borrow(object, "kv")) {
+  explicit KVArgument(py::handle object) {
+    if (py::isinstance<LayerView>(object)) {
+      layer = py::cast<const LayerView&>(object);
+      return;
+    }
+    tensor = TensorView::borrow(object, "kv");
     tensor->require_cpu();
     tensor->require_ndim(5);
     require_contiguous_last(*tensor);
@@ -112,7 +117,11 @@ void append_tokens(py::handle kv, py::handle key, py::handle value, py::handle s
   const TokenView value_view = tokens_of(values);
   const std::optional<Isa> chosen = isa_of(isa);
   const py::gil_scoped_release released;
-  append(kv_argument.view, key_view, value_view, slot_span, chosen);
+  if (kv_argument.layer) {
+    append(*kv_argument.layer, key_view, value_view, slot_span, chosen);
+  } else {
+    append(kv_argument.view, key_view, value_view, slot_span, chosen);
+  }
 }
 
 void attend(py::handle query, py::handle kv, py::handle block_tables, py::handle seq_lens,
@@ -177,7 +186,11 @@ void attend(py::handle query, py::handle kv, py::handle block_tables, py::handle
   }
   args.isa = isa_of(isa);
   const py::gil_scoped_release released;
-  paged_attention(args);
+  if (kv_argument.layer) {
+    paged_attention(*kv_argument.layer, args);
+  } else {
+    paged_attention(args);
+  }
 }
 
 py::tuple isa_names() {

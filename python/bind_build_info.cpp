@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "pipelive/attention/isa.hpp"
 #include "pipelive/cuda/driver.hpp"
 #include "pipelive/cuda/fatbin.hpp"
 #include "pipelive/cuda/scale.hpp"
@@ -52,12 +53,16 @@ py::dict build_info() {
   std::vector<std::string> archs;
   for (const std::string_view arch : cuda::fatbin_archs()) archs.emplace_back(arch);
 
+  std::vector<std::string> attention;
+  for (const Isa isa : available_isas()) attention.emplace_back(to_string(isa));
+
   py::dict info;
   info["version"] = PIPELIVE_VERSION;
   info["compiler"] = PIPELIVE_COMPILER;
   info["build_type"] = PIPELIVE_BUILD_TYPE;
   info["sanitizers"] = PIPELIVE_SANITIZE;
   info["baseline_isa"] = baseline_isa();
+  info["attention_isa"] = attention;
   info["cuda_compiler"] = std::string(cuda::fatbin_compiler());
   info["cuda_archs"] = archs;
   info["cuda_kernels"] = kernels;

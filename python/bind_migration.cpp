@@ -1,7 +1,199 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "bindings.hpp"
+#include "pipelive/base/error.hpp"
+#include "pipelive/kv/layer_view.hpp"
+#include "pipelive/migration/convergence.hpp"
+#include "pipelive/migration/patch_receiver.hpp"
+#include "pipelive/migration/patch_sender.hpp"
+#include "tensor_view.hpp"
+
+namespace py = pybind11;
 
 namespace pipelive::bindings {
+namespace {
 
-void bind_migration(pybind11::module_& /*m*/) {}
+using Release = py::call_guard<py::gil_scoped_release>;
+
+PatchLayers layers_of(const KVSpec& spec, const std::map<std::uint32_t, LayerView>& views) {
+  std::vector<PatchLayer> layers;
+  for (const auto& [layer, view] : views) {
+    if (view.layer() != layer) {
+      throw Error(ErrorCode::invalid_argument, "layers[" + std::to_string(layer) +
+                                                   "] is the view of layer " +
+                                                   std::to_string(view.layer()));
+    }
+    layers.push_back(PatchLayer::of(view));
+  }
+  return {spec, std::move(layers)};
+}
+
+// A contiguous uint64 array of shape [n, 2] is laid out as SlotRanges are.
+static_assert(sizeof(SlotRange) == 16);
+std::span<const SlotRange> ranges_of(const TensorView& view) {
+  const std::int64_t shape[] = {-1, 2};
+  view.require_shape(shape);
+  if (view.num_elements() == 0) return {};  // whose strides mean nothing
+  const std::span<std::uint64_t> flat = view.flat<std::uint64_t>(dtypes::uint64);
+  return {reinterpret_cast<const SlotRange*>(flat.data()), flat.size() / 2};
+}
+
+Deadline deadline_of(double timeout) {
+  // NaN becomes 0; a century stands for longer waits, which the clock could not count.
+  return Deadline::after_seconds(timeout > 0 ? std::min(timeout, 3e9) : 0.0);
+}
+
+void bind_sender(py::module_& m) {
+  py::class_<PatchSender, std::shared_ptr<PatchSender>>(m, "PatchSender")
+      .def(py::init([](std::shared_ptr<Channel> channel, const KVSpec& spec,
+                       const std::map<std::uint32_t, LayerView>& views, std::uint64_t epoch,
+                       std::size_t max_message_bytes, double rate_limit, bool checksum) {
+             PatchSender::Options options;
+             options.epoch = epoch;
+             options.max_message_bytes = max_message_bytes;
+             options.rate_limit = rate_limit;
+             options.checksum = checksum;
+             return std::make_shared<PatchSender>(std::move(channel), layers_of(spec, views),
+                                                  options);
+           }),
+           py::arg("channel"), py::arg("spec"), py::arg("layers"), py::arg("epoch"),
+           py::arg("max_message_bytes"), py::arg("rate_limit"), py::arg("checksum"))
+      .def(
+          "send_round",
+          [](PatchSender& sender, std::uint64_t round, std::int64_t through_seq,
+             const py::object& ranges, const std::vector<std::uint32_t>& layers, double timeout) {
+            const TensorView view = TensorView::borrow(ranges, "ranges");
+            const std::span<const SlotRange> slots = ranges_of(view);
+            RoundStats stats;
+            {
+              const py::gil_scoped_release release;
+              stats = sender.send_round(round, through_seq, slots, layers, deadline_of(timeout));
+            }
+            return py::make_tuple(stats.records, stats.messages, stats.bytes, stats.slots,
+                                  stats.skipped_slots, stats.busy_seconds);
+          },
+          py::arg("round"), py::arg("through_seq"), py::arg("ranges"), py::arg("layers"),
+          py::arg("timeout"))
+      .def(
+          "wait_applied",
+          [](PatchSender& sender, std::int64_t seq, double timeout) {
+            sender.wait_applied(seq, deadline_of(timeout));
+          },
+          py::arg("through_seq"), py::arg("timeout"), Release())
+      .def("applied_through", &PatchSender::applied_through, Release())
+      .def(
+          "verify",
+          [](PatchSender& sender, const py::object& ranges, double timeout) {
+            const TensorView view = TensorView::borrow(ranges, "ranges");
+            const std::span<const SlotRange> slots = ranges_of(view);
+            const py::gil_scoped_release release;
+            return sender.verify(slots, deadline_of(timeout));
+          },
+          py::arg("ranges"), py::arg("timeout"))
+      .def(
+          "send_region",
+          [](PatchSender& sender, std::uint64_t id, const py::object& data, double timeout) {
+            const TensorView view = TensorView::borrow(data, "data");
+            view.require_cpu();
+            if (view.num_elements() != 0) view.require_contiguous();
+            const py::gil_scoped_release release;
+            sender.send_region(id, {view.data(), view.num_bytes()}, deadline_of(timeout));
+          },
+          py::arg("region"), py::arg("data"), py::arg("timeout"))
+      .def(
+          "finish",
+          [](PatchSender& sender, double timeout) { sender.finish(deadline_of(timeout)); },
+          py::arg("timeout"), Release())
+      .def("set_rate_limit", &PatchSender::set_rate_limit, py::arg("bytes_per_second"), Release())
+      .def("cancel", &PatchSender::cancel, Release());
+}
+
+void bind_receiver(py::module_& m) {
+  py::class_<PatchReceiver, std::shared_ptr<PatchReceiver>>(m, "PatchReceiver")
+      .def(py::init([](std::shared_ptr<Channel> channel, const KVSpec& spec,
+                       const std::map<std::uint32_t, LayerView>& views, std::uint64_t epoch,
+                       const std::map<std::uint64_t, py::object>& regions,
+                       std::optional<bool> checksum) {
+             std::vector<PatchRegion> places;
+             for (const auto& [id, object] : regions) {
+               const std::string name = "regions[" + std::to_string(id) + "]";
+               auto view = std::make_shared<TensorView>(TensorView::borrow(object, name.c_str()));
+               view->require_cpu();
+               if (view->num_elements() != 0) view->require_contiguous();
+               view->require_writable();
+               const std::span<std::byte> bytes(view->data(), view->num_bytes());
+               places.push_back({id, bytes, std::move(view)});
+             }
+             PatchReceiver::Options options;
+             options.epoch = epoch;
+             options.checksum = checksum;
+             return std::make_shared<PatchReceiver>(std::move(channel), layers_of(spec, views),
+                                                    options, std::move(places));
+           }),
+           py::arg("channel"), py::arg("spec"), py::arg("layers"), py::arg("epoch"),
+           py::arg("regions"), py::arg("checksum"))
+      .def(
+          "run",
+          [](PatchReceiver& receiver, double timeout) { receiver.run(deadline_of(timeout)); },
+          py::arg("timeout"), Release())
+      .def("applied_through", &PatchReceiver::applied_through, Release())
+      .def(
+          "wait_applied",
+          [](PatchReceiver& receiver, std::int64_t seq, double timeout,
+             std::optional<std::uint32_t> layer) {
+            receiver.wait_applied(seq, deadline_of(timeout), layer);
+          },
+          py::arg("through_seq"), py::arg("timeout"), py::arg("layer"), Release())
+      .def(
+          "wait_region",
+          [](PatchReceiver& receiver, std::uint64_t id, double timeout) {
+            receiver.wait_region(id, deadline_of(timeout));
+          },
+          py::arg("region"), py::arg("timeout"), Release())
+      .def("set_capacity", &PatchReceiver::set_capacity, py::arg("blocks"), py::arg("resize_seq"),
+           Release())
+      .def("cancel", &PatchReceiver::cancel, Release())
+      .def("stats", [](const PatchReceiver& receiver) {
+        const ReceiverStats stats = receiver.stats();
+        py::dict dict;
+        dict["messages"] = stats.messages;
+        dict["records"] = stats.records;
+        dict["slots"] = stats.slots;
+        dict["overtaken_slots"] = stats.overtaken_slots;
+        dict["dropped_slots"] = stats.dropped_slots;
+        dict["duplicates"] = stats.duplicates;
+        dict["bytes"] = stats.bytes;
+        dict["rounds"] = stats.rounds;
+        dict["busy_seconds"] = stats.busy_seconds;
+        return dict;
+      });
+}
+
+}  // namespace
+
+void bind_migration(py::module_& m) {
+  bind_sender(m);
+  bind_receiver(m);
+  py::class_<BandwidthEstimate>(m, "BandwidthEstimate")
+      .def(py::init([](double fixed_seconds, double record_seconds, double decay,
+                       double initial_bytes_per_second) {
+             return BandwidthEstimate(
+                 {fixed_seconds, record_seconds, decay, initial_bytes_per_second});
+           }),
+           py::arg("fixed_seconds"), py::arg("record_seconds"), py::arg("decay"),
+           py::arg("initial_bytes_per_second"))
+      .def("observe", &BandwidthEstimate::observe, py::arg("bytes"), py::arg("records"),
+           py::arg("seconds"))
+      .def("predict", &BandwidthEstimate::predict, py::arg("bytes"), py::arg("records"))
+      .def_property_readonly("bytes_per_second", &BandwidthEstimate::bytes_per_second);
+}
 
 }  // namespace pipelive::bindings

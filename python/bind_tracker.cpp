@@ -158,6 +158,8 @@ void bind_dirty_tracker(py::module_& m) {
              const py::gil_scoped_release released;
              self.restore(ranges);
            })
+      .def("hold_from", &DirtyTracker::hold_from, py::call_guard<py::gil_scoped_release>())
+      .def("release_hold", &DirtyTracker::release_hold, py::call_guard<py::gil_scoped_release>())
       .def("reset", &DirtyTracker::reset, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_slots", &DirtyTracker::num_slots)
       .def_property_readonly("next_seq", &DirtyTracker::next_seq)

@@ -19,13 +19,16 @@ inline pybind11::array as_host_array(const pybind11::object& object, const char*
   if (py::isinstance<py::array>(object)) return py::reinterpret_borrow<py::array>(object);
   const py::module_ numpy = py::module_::import("numpy");
   if (!py::hasattr(object, "__dlpack__")) return numpy.attr("asarray")(object);
-  const py::tuple device = object.attr("__dlpack_device__")();
-  if (device[0].cast<int>() != 1) {
+  try {
+    return numpy.attr("from_dlpack")(object);
+  } catch (const py::error_already_set&) {
+    // Asking a tensor for its device takes as long as the conversion: only where that fails.
+    const auto device = py::tuple(object.attr("__dlpack_device__")())[0].cast<int>();
+    if (device == 1) throw;
     throw Error(ErrorCode::invalid_argument, std::string(name) + " is on a device of DLPack type " +
-                                                 std::to_string(device[0].cast<int>()) +
+                                                 std::to_string(device) +
                                                  ", expected host memory (type 1)");
   }
-  return numpy.attr("from_dlpack")(object);
 }
 
 /// One-dimensional 64-bit integers from Python, borrowed from a contiguous int64 array and copied

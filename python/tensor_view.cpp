@@ -224,9 +224,9 @@ std::int64_t TensorView::num_elements() const noexcept {
 }
 
 bool TensorView::contiguous() const noexcept {
+  if (num_elements() == 0) return true;  // the strides of an empty tensor mean nothing
   std::int64_t step = 1;
   for (std::size_t axis = shape_.size(); axis-- > 0;) {
-    if (shape_[axis] == 0) return true;
     if (shape_[axis] != 1 && strides_[axis] != step) return false;
     step *= shape_[axis];
   }

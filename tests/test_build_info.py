@@ -25,6 +25,7 @@ def test_says_how_it_was_built() -> None:
     assert re.match(r"(GNU|Clang|AppleClang) \d+", info.compiler)
     assert info.build_type in {"Release", "RelWithDebInfo", "Debug", "MinSizeRel"}
     assert info.baseline_isa
+    assert info.attention_isa[0] == "portable"
     with pytest.raises(dataclasses.FrozenInstanceError):
         info.version = "2"  # type: ignore[misc]
 

@@ -25,6 +25,7 @@ class _BuildInfo(TypedDict):
     build_type: str
     sanitizers: str
     baseline_isa: list[str]
+    attention_isa: list[str]
     cuda_compiler: str
     cuda_archs: list[str]
     cuda_kernels: list[str]
@@ -40,6 +41,7 @@ def cuda_probe(library: str) -> _CudaProbe: ...
 def cuda_scale(
     values: npt.ArrayLike, factor: float, device: int, library: str
 ) -> npt.NDArray[np.float32]: ...
+
 class DeviceUsage:
     reserved_bytes: int
     page_bytes: int

@@ -118,13 +118,12 @@ class BlockAllocator:
 
         The live ids that are too high, ascending, move to the lowest free ids, ascending. Until
         `apply_shrink` or `cancel_shrink`, neither ids from `capacity` on nor the targets of moves
-        are handed out.
+        are handed out. Replaces a plan made before; planning the same capacity again succeeds.
 
         Raises:
             OverBudgetError: the live ids do not fit beside those in quarantine below `capacity`;
-                the message has the counts.
+                the message has the counts. An earlier plan stays.
             InvalidArgumentError: `capacity` is below 1 or above the present one.
-            BusyError: a shrink is planned already.
         """
         moves: dict[int, int] = self._core.plan_shrink(capacity)
         return moves

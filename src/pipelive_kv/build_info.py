@@ -38,6 +38,8 @@ class BuildInfo:
         build_type: CMake's, such as "Release".
         sanitizers: as in ``-fsanitize=``; empty for none.
         baseline_isa: what the whole library requires of the processor.
+        attention_isa: the instruction sets that this processor and build have attention kernels
+            for, slowest first; the last one is used.
         cuda_compiler: the version of the nvcc that compiled the kernels; empty where none did.
         cuda_archs: what the kernels were compiled for; "sm_90" is machine code, "compute_100" PTX.
         cuda_kernels: the embedded kernel files, by name.
@@ -50,6 +52,7 @@ class BuildInfo:
     build_type: str
     sanitizers: str
     baseline_isa: tuple[str, ...]
+    attention_isa: tuple[str, ...]
     cuda_compiler: str
     cuda_archs: tuple[str, ...]
     cuda_kernels: tuple[str, ...]
@@ -96,6 +99,7 @@ def build_info(*, driver_library: str = DRIVER_LIBRARY) -> BuildInfo:
         build_type=built["build_type"],
         sanitizers=built["sanitizers"],
         baseline_isa=tuple(built["baseline_isa"]),
+        attention_isa=tuple(built["attention_isa"]),
         cuda_compiler=built["cuda_compiler"],
         cuda_archs=tuple(built["cuda_archs"]),
         cuda_kernels=tuple(built["cuda_kernels"]),

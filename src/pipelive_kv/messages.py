@@ -29,6 +29,8 @@ class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Block ids below this number are resident while the step runs."""
     moves: tuple[tuple[int, int], ...] = ()
     """Where this step brings a new ``resize``: (old, new) block copies to make before it runs."""
+    needs: int | None = None
+    """The last step whose writes this one may read or overwrite; None: the one before it."""
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -85,6 +87,13 @@ class AwaitResize(Body, frozen=True):
     """Wait until the stage has applied resize number ``resize``."""
 
     resize: int
+    timeout: float
+
+
+class AwaitStep(Body, frozen=True):
+    """Wait until the stage has completed step ``seq``."""
+
+    seq: int
     timeout: float
 
 
@@ -297,10 +306,16 @@ class LiveBlocks(Body, frozen=True):
 
 
 class Hold(Body, frozen=True):
-    """Stop stamping steps (a stop-and-copy reconfiguration); returns when the last one retired."""
+    """Stop stamping steps (a stop-and-copy reconfiguration); answered by :class:`Held`."""
 
     epoch: int
     timeout: float
+
+
+class Held(Body, frozen=True):
+    """The last step that was stamped."""
+
+    last_seq: int
 
 
 class Propose(Body, frozen=True):
@@ -331,6 +346,7 @@ Request = (
     Describe
     | Admit
     | AwaitResize
+    | AwaitStep
     | Prepare
     | Connect
     | StartCopy
@@ -363,5 +379,6 @@ Answer = (
     | SchedulerInfo
     | Resized
     | LiveBlocks
+    | Held
     | Proposed
 )

@@ -22,6 +22,7 @@ from pipelive_kv.messages import (
     Answer,
     DescribeScheduler,
     Done,
+    Held,
     Hold,
     ListLive,
     LiveBlocks,
@@ -63,8 +64,13 @@ class BlockOwner(Protocol):
     def plan_shrink(self, capacity: int) -> dict[int, int]:
         """The moves {old: new} that empty the ids from ``capacity`` on."""
 
-    def apply_shrink(self, capacity: int, moves: dict[int, int]) -> None:
-        """Carry out what :meth:`plan_shrink` planned."""
+    def apply_shrink(
+        self, capacity: int, moves: dict[int, int], after_seq: int | None = None
+    ) -> None:
+        """Carry out what was planned; the old ids are free once step ``after_seq`` has retired."""
+
+    def cancel_shrink(self) -> None:
+        """Forget what was planned; without a plan nothing happens."""
 
 
 @dataclass
@@ -119,6 +125,10 @@ class Scheduler:
         placement: the placement of the first step.
         allocator: the owner of the block ids.
         control: where the coordinator listens; None for an engine that never reconfigures.
+        reads_retired: promise that a step touches only what retired steps have written: no step
+            is stamped while one that it follows on from is under way. A layer that has just moved
+            then waits for the writes of retired steps alone, not for steps of other micro-batches
+            that are still on their way through the pipeline.
     """
 
     def __init__(
@@ -127,7 +137,9 @@ class Scheduler:
         *,
         allocator: BlockOwner,
         control: ControlEndpoint | None = None,
+        reads_retired: bool = False,
     ) -> None:
+        self._reads_retired = reads_retired
         self._allocator = allocator
         self._placement = placement
         self._lock = threading.Condition()
@@ -201,6 +213,9 @@ class Scheduler:
                 resize=state.resize,
                 capacity=self._allocator.capacity,
                 moves=state.moves,
+                # Not only what a step reads: a block that it is the first to use again may be in
+                # a patch of the step that used it last, which has retired too.
+                needs=state.retired if self._reads_retired else None,
             )
             state.next_seq += 1
             state.moves = ()
@@ -224,9 +239,7 @@ class Scheduler:
     def freed(self, ids: Iterable[int]) -> None:
         """Give block ids back; they are reused once the steps stamped so far have retired."""
         with self._lock:
-            last = self._state.next_seq - 1
-            after = last if last > self._state.retired else None
-            self._allocator.release(list(ids), after)
+            self._allocator.release(list(ids), self._after_seq())
 
     def close(self) -> None:
         """Leave the control plane. May be called twice."""
@@ -250,22 +263,25 @@ class Scheduler:
             self._lock.wait(rest)
         state.hold_s += time.monotonic() - start
 
+    def _after_seq(self) -> int | None:
+        """The last step that may still use ids freed now; None where no step is under way."""
+        last = self._state.next_seq - 1
+        return last if last > self._state.retired else None
+
     def _try_shrink(self) -> None:
         state, request = self._state, self._state.shrink
         if request is None:
             return
         try:
-            moves = self._allocator.plan_shrink(request.capacity)
             for refuse in state.capacity:
                 refuse(request.capacity)
-            self._allocator.apply_shrink(request.capacity, moves)
-        except BusyError as error:
-            # Freed ids are still in quarantine: the next step may find them retired.
-            if time.monotonic() >= request.ends_at:
-                self._end_shrink(error)
-            return
+            moves = self._allocator.plan_shrink(request.capacity)
+            self._allocator.apply_shrink(request.capacity, moves, self._after_seq())
         except PipeliveError as error:
-            self._end_shrink(error)
+            self._allocator.cancel_shrink()
+            # Freed ids may still be in quarantine; the next step may find them retired.
+            if not isinstance(error, BusyError) or time.monotonic() >= request.ends_at:
+                self._end_shrink(error)
             return
         for remap in state.remap:
             if moves:
@@ -373,23 +389,16 @@ class Scheduler:
         with self._lock:
             return LiveBlocks(runs_of(self._allocator.live()), self._state.next_seq)
 
-    def _hold(self, request: Hold) -> Done:
+    def _hold(self, request: Hold) -> Held:
         with self._lock:
             state = self._state
             if state.held_by is not None:
                 raise BusyError(f"epoch {state.held_by} holds the engine already")
-            ends_at = time.monotonic() + request.timeout
-            state.held_by, state.held_until = request.epoch, ends_at
-            while state.retired < state.next_seq - 1:
-                rest = ends_at - time.monotonic()
-                if rest <= 0 or state.closed:
-                    state.held_by = None
-                    self._lock.notify_all()
-                    raise DeadlineError(
-                        f"step {state.retired + 1} did not retire within {request.timeout:g} s"
-                    )
-                self._lock.wait(rest)
-        return Done()
+            # Whether the last step has ended the stages are asked: the engine's thread, which would
+            # tell that it retired, may already wait in stamp().
+            state.held_by = request.epoch
+            state.held_until = time.monotonic() + request.timeout
+            return Held(state.next_seq - 1)
 
     def _propose(self, request: Propose) -> Proposed:
         placement = Placement(request.stages)

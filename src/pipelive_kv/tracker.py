@@ -47,7 +47,7 @@ class Collected:
     generation: int
     """Strictly rises with every collect of a tracker, whether or not `through_seq` does."""
     open_externals: int
-    """External writes that were recorded but not sealed when this was collected."""
+    """External writes recorded and not sealed, hence not in here; none recorded under a hold."""
 
 
 class DirtyTracker:
@@ -114,6 +114,7 @@ class DirtyTracker:
 
         Raises:
             InvalidArgumentError: a slot (named) is out of range.
+            BusyError: 65,536 external writes are logged because they were never sealed.
         """
         token: int = self._core.record_external(slots)
         return token
@@ -148,8 +149,24 @@ class DirtyTracker:
         """
         self._core.restore(ranges)
 
+    def hold_from(self, seq: int) -> None:
+        """Hold back what steps from `seq` on, and externals recorded from now on, write.
+
+        Collects go on for the steps before, and `pending_slots` counts no other. For a switchover,
+        after which the target and not this stage writes the layers that moved.
+
+        Raises:
+            InvalidArgumentError: step `seq` is sealed and may be collected already.
+            BusyError: the steps from another number on are held.
+        """
+        self._core.hold_from(seq)
+
+    def release_hold(self) -> None:
+        """Let the held steps and externals be collected; without a hold, do nothing."""
+        self._core.release_hold()
+
     def reset(self, next_seq: int) -> None:
-        """Forget every step, external and mark; the next step to open is `next_seq`.
+        """Forget every step, external, mark and hold; the next step to open is `next_seq`.
 
         Raises:
             InvalidArgumentError: `next_seq` is negative.

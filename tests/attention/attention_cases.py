@@ -37,7 +37,7 @@ class Case:
         counts = [-(-n // self.block_size) for n in self.seq_lens]
         num_blocks = sum(counts) + self.spare_blocks
         self.kv = empty_kv(
-            num_blocks, self.kv_heads, self.block_size, self.head_dim, self.dtype, self.order
+            (num_blocks, self.kv_heads, self.block_size, self.head_dim), self.dtype, self.order
         )
         self.kv.fill_(math.nan)
         ids = torch.randperm(num_blocks, generator=generator)
@@ -108,13 +108,13 @@ class Case:
         return out, lse
 
 
-def empty_kv(
-    blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, order: str
-) -> torch.Tensor:
+def empty_kv(shape: tuple[int, int, int, int], dtype: torch.dtype, order: str) -> torch.Tensor:
     """``[block, kv_head, 2, token, dim]`` over memory in the order hnd, nhd or split.
 
+    ``shape`` is (blocks, kv_heads, block_size, head_dim).
     split keeps keys and values in two halves of the memory, as some engines do.
     """
+    blocks, kv_heads, block_size, head_dim = shape
     if order == "hnd":
         return torch.empty((blocks, kv_heads, 2, block_size, head_dim), dtype=dtype)
     if order == "nhd":

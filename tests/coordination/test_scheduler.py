@@ -5,6 +5,7 @@ import pytest
 
 import pipelive_kv as pk
 from pipelive_kv.scheduler import runs_of
+from pipelive_kv.stage.session import StageSession
 
 
 @pytest.fixture
@@ -29,6 +30,42 @@ def test_freed_ids_wait_for_the_steps_before(scheduler):
     assert block not in scheduler._allocator.allocate(5)
     scheduler.retired(stamp.seq)
     assert block in scheduler._allocator.allocate(1)
+
+
+def test_a_step_needs_the_one_before_unless_the_engine_promises_more():
+    placement = pk.Placement.from_counts([2, 2])
+    plain = pk.Scheduler(placement, allocator=pk.BlockAllocator(32, 16))
+    lanes = pk.Scheduler(placement, allocator=pk.BlockAllocator(32, 16), reads_retired=True)
+    for made, expected in ((plain, [None] * 4), (lanes, [-1, -1, 0, 1])):
+        found = []
+        for seq in range(4):
+            if seq >= 2:
+                made.retired(seq - 2)
+            found.append(made.stamp().needs)
+        assert found == expected
+        made.close()
+
+
+class _Target:
+    """Stands for the session's target side."""
+
+    def __init__(self):
+        self.layers = ()
+        self.waited = []
+
+    def gate(self, layer, through, timeout):
+        self.waited.append(through)
+
+
+@pytest.mark.parametrize(("needs", "through"), [(3, 3), (7, 7), (8, 7), (20, 7), (-1, -1)])
+def test_the_gate_waits_for_the_old_placements_steps_at_most(needs, through):
+    placement = pk.Placement.from_counts([2, 2])
+    session = StageSession(1, 0, placement, placement, _Target())
+    session.gate(0, needs, 1.0)
+    assert session.target.waited == []  # the old placement still runs
+    session.switch(8)
+    session.gate(0, needs, 1.0)
+    assert session.target.waited == [through]
 
 
 def test_bad_calls(scheduler):

@@ -12,3 +12,6 @@ foreach(isa portable avx2 avx512 avx512_bf16)
   set_source_files_properties("${CMAKE_CURRENT_LIST_DIR}/kernels_${isa}.cpp"
                               PROPERTIES COMPILE_OPTIONS "${kernel_flags};${${isa}_flags}")
 endforeach()
+# A kernel for tests.
+set_source_files_properties("${CMAKE_CURRENT_LIST_DIR}/../../tests/attention/bf16_pairs_kernel.cpp"
+                            PROPERTIES COMPILE_OPTIONS "${kernel_flags};${avx512_flags}")

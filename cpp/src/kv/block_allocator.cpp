@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <new>
+#include <string>
 
 #include "pipelive/base/error.hpp"
 
@@ -57,9 +58,10 @@ void BlockAllocator::require_known(const char* caller, std::int64_t id) const {
   require_between(caller, "id", id, 0, max_blocks_ - 1);
 }
 
-void BlockAllocator::require_live(const char* caller, const std::string& what,
-                                  std::int64_t id) const {
-  const std::string is = std::string(caller) + ": " + what + " is " + std::to_string(id);
+void BlockAllocator::refuse_id(const char* caller, std::int64_t id,
+                               std::optional<std::size_t> index) const {
+  const std::string is =
+      std::string(caller) + ": " + (index ? element(*index) : "id") + " is " + std::to_string(id);
   if (id < 0 || id >= max_blocks_) {
     refuse(is + ", expected 1 to " + std::to_string(max_blocks_ - 1));
   }
@@ -67,7 +69,7 @@ void BlockAllocator::require_live(const char* caller, const std::string& what,
   if (at(id).state == State::quarantined) {
     refuse(is + ", which was released already and is in quarantine");
   }
-  if (at(id).state != State::live) refuse(is + ", which is not allocated");
+  refuse(is + ", which is not allocated");
 }
 
 void BlockAllocator::refuse_allocation(const char* caller, std::int64_t count) const {
@@ -127,7 +129,7 @@ void BlockAllocator::share(std::span<const std::int64_t> ids) {
   std::size_t done = 0;
   try {
     for (; done < ids.size(); ++done) {
-      require_live("BlockAllocator.share", element(done), ids[done]);
+      require_live("BlockAllocator.share", ids[done], done);
       if (at(ids[done]).refcount == std::numeric_limits<std::uint32_t>::max()) {
         refuse("BlockAllocator.share: " + element(done) + " is " + std::to_string(ids[done]) +
                ", which has 2^32 - 1 references already");
@@ -152,7 +154,7 @@ void BlockAllocator::release(std::span<const std::int64_t> ids,
   std::uint32_t* list = nullptr;
   try {
     for (; done < ids.size(); ++done) {
-      require_live("BlockAllocator.release", element(done), ids[done]);
+      require_live("BlockAllocator.release", ids[done], done);
       if (at(ids[done]).refcount == 0) {
         refuse("BlockAllocator.release: " + element(done) + " is " + std::to_string(ids[done]) +
                ", listed more often than it has references");
@@ -191,7 +193,7 @@ void BlockAllocator::retire(std::int64_t seq) {
 
 BlockAllocator::Writable BlockAllocator::writable(std::int64_t id) {
   const std::lock_guard lock(mutex_);
-  require_live("BlockAllocator.writable", "id", id);
+  require_live("BlockAllocator.writable", id);
   if (at(id).refcount == 1) return {id, std::nullopt};
   if (free_.size() == 0) refuse_allocation("BlockAllocator.writable", 1);
   --at(id).refcount;
@@ -272,16 +274,13 @@ void BlockAllocator::raise_capacity(std::int64_t capacity) {
 std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
   const std::lock_guard lock(mutex_);
   require_between("BlockAllocator.plan_shrink", "capacity", capacity, 1, capacity_);
-  if (planned_capacity_) {
-    throw Error(ErrorCode::busy, "BlockAllocator.plan_shrink: a shrink to " +
-                                     std::to_string(*planned_capacity_) + " blocks is planned");
-  }
   std::vector<BlockMove> moves;
   std::int64_t quarantined_below = 0;
-  std::int64_t free_below = 0;
+  std::int64_t free_below = 0;  // counting what an earlier plan withholds
   for (std::int64_t id = 0; id < capacity; ++id) {
-    quarantined_below += at(id).state == State::quarantined ? 1 : 0;
-    free_below += at(id).state == State::free ? 1 : 0;
+    const State state = at(id).state;
+    quarantined_below += state == State::quarantined ? 1 : 0;
+    free_below += state == State::free || state == State::withheld ? 1 : 0;
   }
   for (std::int64_t id = capacity; id < capacity_; ++id) {
     if (at(id).state == State::live) moves.push_back({id, 0});
@@ -295,6 +294,7 @@ std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
                     std::to_string(capacity) + " blocks");
   }
   std::vector<BlockMove> planned = moves;  // the last allocation: nothing fails from here on
+  drop_plan();
   for (std::size_t i = 0; i < planned.size(); ++i) {
     const std::uint64_t target = free_.lowest();
     free_.erase(target);
@@ -385,6 +385,10 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const BlockMo
 
 void BlockAllocator::cancel_shrink() {
   const std::lock_guard lock(mutex_);
+  drop_plan();
+}
+
+void BlockAllocator::drop_plan() noexcept {
   if (!planned_capacity_) return;
   const std::int64_t first = *planned_capacity_;
   planned_capacity_.reset();

@@ -114,7 +114,11 @@ void DirtyTracker::seal(std::int64_t seq) {
   const std::lock_guard lock(mutex_);
   find_open("DirtyTracker.seal", seq).sealed = true;
   --open_steps_;
-  while (!steps_.empty() && steps_.front().sealed) {
+  fold_sealed_steps();
+}
+
+void DirtyTracker::fold_sealed_steps() noexcept {
+  while (!steps_.empty() && steps_.front().sealed && (!held_from_ || first_seq_ < *held_from_)) {
     WriteLog& log = steps_.front().log;
     pending_slots_ += log.fold_into(pending_);
     keep_log(std::move(log));
@@ -128,7 +132,13 @@ std::uint64_t DirtyTracker::add_external(Add&& add) {
   WriteLog log(num_slots_);
   add(log);
   const std::lock_guard lock(mutex_);
-  externals_.emplace(next_token_, std::move(log));
+  if (externals_.size() >= kMaxOpenExternals) {
+    throw Error(ErrorCode::busy,
+                "DirtyTracker.record_external: " + std::to_string(externals_.size()) +
+                    " external writes are logged and were never collected");
+  }
+  externals_.emplace(next_token_, External{std::move(log), held_from_.has_value()});
+  ++open_externals_;
   return next_token_++;
 }
 
@@ -151,11 +161,16 @@ std::uint64_t DirtyTracker::record_external_blocks(std::span<const std::int64_t>
 void DirtyTracker::seal_external(std::uint64_t token) {
   const std::lock_guard lock(mutex_);
   const auto found = externals_.find(token);
-  if (found == externals_.end()) {
+  if (found == externals_.end() || found->second.sealed) {
     refuse("DirtyTracker.seal_external: token " + std::to_string(token) +
            " was never given, is sealed already, or was dropped by a reset");
   }
-  pending_slots_ += found->second.fold_into(pending_);
+  --open_externals_;
+  if (found->second.held) {
+    found->second.sealed = true;
+    return;
+  }
+  pending_slots_ += found->second.log.fold_into(pending_);
   externals_.erase(found);
 }
 
@@ -168,7 +183,9 @@ Collected DirtyTracker::collect() {
     collected.through_seq = first_seq_ - 1;
     collected.num_slots = std::exchange(pending_slots_, 0);
     collected.generation = ++generation_;
-    collected.open_externals = externals_.size();
+    for (const auto& [token, external] : externals_) {
+      collected.open_externals += external.held ? 0 : 1;
+    }
   }
   try {
     drained_.drain(collected.ranges);
@@ -188,6 +205,36 @@ void DirtyTracker::restore(std::span<const SlotRange> ranges) {
   pending_slots_ += log.fold_into(pending_);
 }
 
+void DirtyTracker::hold_from(std::int64_t seq) {
+  const std::lock_guard lock(mutex_);
+  if (seq < first_seq_) {
+    refuse("DirtyTracker.hold_from: step " + std::to_string(seq) +
+           " is sealed and may be collected already, expected at least " +
+           std::to_string(first_seq_));
+  }
+  if (held_from_ && *held_from_ != seq) {
+    throw Error(ErrorCode::busy, "DirtyTracker.hold_from: seq is " + std::to_string(seq) +
+                                     ", but the steps from " + std::to_string(*held_from_) +
+                                     " on are held");
+  }
+  held_from_ = seq;
+}
+
+void DirtyTracker::release_hold() {
+  const std::lock_guard lock(mutex_);
+  held_from_.reset();
+  fold_sealed_steps();
+  for (auto external = externals_.begin(); external != externals_.end();) {
+    external->second.held = false;
+    if (external->second.sealed) {
+      pending_slots_ += external->second.log.fold_into(pending_);
+      external = externals_.erase(external);
+    } else {
+      ++external;
+    }
+  }
+}
+
 void DirtyTracker::reset(std::int64_t next_seq) {
   checked_first("DirtyTracker.reset", next_seq);
   // A collect that is under way ends first, so that nothing of it comes back afterwards.
@@ -198,6 +245,8 @@ void DirtyTracker::reset(std::int64_t next_seq) {
   pending_.clear();
   pending_slots_ = 0;
   open_steps_ = 0;
+  open_externals_ = 0;
+  held_from_.reset();
   first_seq_ = next_seq;
   next_seq_ = next_seq;
 }
@@ -209,7 +258,9 @@ std::int64_t DirtyTracker::next_seq() const {
 
 std::int64_t DirtyTracker::sealed_through() const {
   const std::lock_guard lock(mutex_);
-  return first_seq_ - 1;
+  std::int64_t seq = first_seq_ - 1;
+  for (auto step = steps_.begin(); step != steps_.end() && step->sealed; ++step) ++seq;
+  return seq;
 }
 
 std::uint64_t DirtyTracker::pending_slots() const {
@@ -224,14 +275,14 @@ std::uint64_t DirtyTracker::open_steps() const {
 
 std::uint64_t DirtyTracker::open_externals() const {
   const std::lock_guard lock(mutex_);
-  return externals_.size();
+  return open_externals_;
 }
 
 std::uint64_t DirtyTracker::memory_bytes() const {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 2 * pending_.bytes();
   for (const Step& step : steps_) bytes += step.log.bytes();
-  for (const auto& [token, log] : externals_) bytes += log.bytes();
+  for (const auto& [token, external] : externals_) bytes += external.log.bytes();
   for (const WriteLog& log : spare_logs_) bytes += log.bytes();
   return bytes;
 }

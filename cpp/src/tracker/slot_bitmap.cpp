@@ -72,6 +72,10 @@ void SlotBitmap::drain(std::vector<SlotRange>& ranges) {
     const std::uint64_t base = index * 64;
     std::uint64_t word = words_[index];
     words_[index] = 0;
+    if (word == kAll && base == end && begin != end) {
+      end = base + 64;
+      return;
+    }
     while (word != 0) {
       const auto first = static_cast<std::uint64_t>(std::countr_zero(word));
       const auto length = static_cast<std::uint64_t>(std::countr_one(word >> first));

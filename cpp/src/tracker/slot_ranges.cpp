@@ -16,8 +16,8 @@ constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
 }
 
 std::string describe(std::size_t index, const SlotRange& range) {
-  return "[" + std::to_string(index) + "] is (begin " + std::to_string(range.begin) + ", count " +
-         std::to_string(range.count) + ")";
+  return std::string("[") + std::to_string(index) + "] is (begin " + std::to_string(range.begin) +
+         ", count " + std::to_string(range.count) + ")";
 }
 
 void require_block_size(const char* function, std::uint32_t block_size) {

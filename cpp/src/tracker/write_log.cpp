@@ -11,6 +11,7 @@ namespace {
 // A run is its first slot in the high 36 bits and its length less one in the low 28.
 constexpr int kLengthBits = 28;
 constexpr std::uint64_t kMaxLength = std::uint64_t{1} << kLengthBits;
+constexpr std::uint64_t kNoSlot = ~std::uint64_t{0};
 constexpr std::size_t kLeastRuns = 1024;  // a log below this is never worth a bitmap
 constexpr std::size_t kKeptRuns = 4096;   // what a cleared log may keep, 32 KiB
 
@@ -69,14 +70,28 @@ void WriteLog::condense() {
 void WriteLog::add_slots(const char* caller, std::span<const std::int64_t> slots) {
   const Position before = position();
   try {
+    if (runs_.capacity() - runs_.size() < slots.size()) {
+      runs_.reserve(std::max(runs_.size() + slots.size(), 2 * runs_.capacity()));
+    }
+    std::uint64_t next = kNoSlot;  // the slot that would lengthen the last run
+    if (!runs_.empty() && count_of(runs_.back()) < kMaxLength) {
+      next = begin_of(runs_.back()) + count_of(runs_.back());
+    }
     for (std::size_t i = 0; i < slots.size(); ++i) {
-      const std::int64_t slot = slots[i];
-      if (slot == -1) continue;
-      if (static_cast<std::uint64_t>(slot) >= num_slots_) {
-        refuse(caller, "slots", i, std::to_string(slot),
+      const auto slot = static_cast<std::uint64_t>(slots[i]);
+      if (slot >= num_slots_) {
+        if (slot == kNoSlot) continue;  // -1
+        refuse(caller, "slots", i, std::to_string(slots[i]),
                "-1 or 0 to " + std::to_string(num_slots_ - 1));
       }
-      push(static_cast<std::uint64_t>(slot), 1);
+      if (slot == next) {
+        const std::uint64_t run = runs_.back() + 1;
+        runs_.back() = run;
+        next = count_of(run) < kMaxLength ? slot + 1 : kNoSlot;
+      } else {
+        runs_.push_back(pack(slot, 1));
+        next = slot + 1;
+      }
     }
     condense();
   } catch (...) {

@@ -195,7 +195,9 @@ TEST(BlockAllocator, ShrinkMovesHighIdsToTheLowestFree) {
   EXPECT_EQ(blocks.planned_capacity(), 8);
   EXPECT_EQ(blocks.capacity(), 12);
   EXPECT_EQ(blocks.num_free(), 1);  // 5; 8 and 11 are too high, 2 and 4 are targets
-  expect_refused([&] { (void)blocks.plan_shrink(8); }, "a shrink to 8", ErrorCode::busy);
+  expect_refused([&] { (void)blocks.plan_shrink(5); }, "do not fit a capacity of 5",
+                 ErrorCode::over_budget);
+  EXPECT_EQ(blocks.plan_shrink(8), moves);
   expect_refused([&] { blocks.raise_capacity(20); }, "a shrink to 8", ErrorCode::busy);
   EXPECT_THAT(blocks.allocate(1), ElementsAre(5));
   expect_refused([&] { (void)blocks.allocate(1); },
@@ -227,6 +229,18 @@ TEST(BlockAllocator, ShrinkIsRefusedWhereTheBlocksDoNotFit) {
   blocks.retire(1);
   EXPECT_THAT(blocks.plan_shrink(6),
               ElementsAre(BlockMove{6, 2}, BlockMove{7, 3}, BlockMove{10, 4}, BlockMove{11, 5}));
+}
+
+TEST(BlockAllocator, ANewPlanReplacesTheOldOne) {
+  BlockAllocator blocks(100, 12);
+  (void)blocks.allocate(11);
+  blocks.release(Ids{1, 2, 3, 4, 8});
+  EXPECT_EQ(blocks.plan_shrink(8).size(), 3U);
+  blocks.release(Ids{9});
+  EXPECT_THAT(blocks.plan_shrink(10), ElementsAre(BlockMove{10, 1}, BlockMove{11, 2}));
+  EXPECT_THAT(blocks.allocate(4), ElementsAre(3, 4, 8, 9));
+  blocks.apply_shrink(10, Moves{{10, 1}, {11, 2}});
+  EXPECT_EQ(blocks.num_live(), 10);
 }
 
 TEST(BlockAllocator, CancelledShrinkLeavesEverything) {

@@ -153,6 +153,56 @@ TEST(DirtyTracker, ResetDropsEverything) {
   expect_refused([&] { tracker.reset(-1); }, "next_seq is -1");
 }
 
+TEST(DirtyTracker, AHoldKeepsLaterWritesBack) {
+  DirtyTracker tracker(100);
+  const std::uint64_t before = tracker.record_external(Slots{50});
+  tracker.open(0);
+  tracker.open(1);
+  tracker.record(0, Slots{0});
+  tracker.record(1, Slots{10});
+  tracker.hold_from(2);
+  tracker.hold_from(2);
+  const std::uint64_t after = tracker.record_external(Slots{60});
+  for (std::int64_t seq = 2; seq < 4; ++seq) {
+    tracker.open(seq);
+    tracker.record(seq, Slots{10 + seq * 10});
+    tracker.seal(seq);
+  }
+  tracker.seal(0);
+  tracker.seal_external(after);
+  EXPECT_EQ(tracker.open_externals(), 1U);
+  const std::uint64_t open = tracker.record_external(Slots{70});
+  EXPECT_EQ(tracker.open_externals(), 2U);
+  const Collected first = tracker.collect();
+  EXPECT_EQ(first.through_seq, 0);
+  EXPECT_EQ(first.open_externals, 1U);  // only `before` belongs to this side of the hold
+  tracker.seal(1);
+  tracker.seal_external(before);
+  EXPECT_EQ(tracker.sealed_through(), 3);
+  EXPECT_EQ(tracker.pending_slots(), 2U);
+  const Collected held = tracker.collect();
+  EXPECT_EQ(held.through_seq, 1);
+  EXPECT_THAT(held.ranges, ElementsAre(SlotRange{10, 1}, SlotRange{50, 1}));
+  expect_refused([&] { tracker.seal(2); }, "step 2 is sealed already");
+  expect_refused([&] { tracker.seal_external(after); }, "token 2");
+  expect_refused([&] { tracker.hold_from(3); }, "steps from 2 on are held", ErrorCode::busy);
+  tracker.release_hold();
+  const Collected rest = tracker.collect();
+  EXPECT_EQ(rest.through_seq, 3);
+  EXPECT_THAT(rest.ranges, ElementsAre(SlotRange{30, 1}, SlotRange{40, 1}, SlotRange{60, 1}));
+  tracker.release_hold();
+  EXPECT_EQ(rest.open_externals, 1U);
+  tracker.seal_external(open);
+  EXPECT_THAT(tracker.collect().ranges, ElementsAre(SlotRange{70, 1}));
+  expect_refused([&] { tracker.hold_from(3); }, "step 3 is sealed");
+  tracker.hold_from(4);
+  tracker.reset(7);
+  tracker.open(7);
+  tracker.record(7, Slots{1});
+  tracker.seal(7);
+  EXPECT_EQ(tracker.collect().num_slots, 1U);
+}
+
 TEST(DirtyTracker, RefusesMisuse) {
   DirtyTracker tracker(100);
   expect_refused([&] { tracker.open(1); }, "seq is 1, expected 0");
@@ -200,6 +250,15 @@ TEST(DirtyTracker, RefusesAnEndlessLineOfUnsealedSteps) {
   expect_refused([&] { tracker.open(next); }, "step 0", ErrorCode::busy);
   tracker.seal(0);
   tracker.open(next);
+}
+
+TEST(DirtyTracker, RefusesAnEndlessLineOfUnsealedExternals) {
+  DirtyTracker tracker(1);
+  for (std::uint64_t i = 0; i < DirtyTracker::kMaxOpenExternals; ++i) {
+    (void)tracker.record_external({});
+  }
+  expect_refused([&] { (void)tracker.record_external({}); }, "65536 external writes",
+                 ErrorCode::busy);
 }
 
 TEST(DirtyTracker, AScatteredLogTurnsIntoABitmap) {

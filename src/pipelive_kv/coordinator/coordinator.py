@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from pipelive_kv.control import ControlEndpoint, ControlServer
 from pipelive_kv.coordinator.fanout import Fanout
@@ -15,6 +16,7 @@ from pipelive_kv.coordinator.report import Phase, Report
 from pipelive_kv.errors import (
     BusyError,
     ClosedError,
+    DeadlineError,
     InvalidArgumentError,
     OverBudgetError,
     PipeliveError,
@@ -27,6 +29,7 @@ from pipelive_kv.messages import (
     Arm,
     AwaitConverged,
     AwaitResize,
+    AwaitStep,
     AwaitSwitched,
     Commit,
     Connect,
@@ -35,6 +38,7 @@ from pipelive_kv.messages import (
     DescribeScheduler,
     Done,
     Grow,
+    Held,
     Hold,
     ListLive,
     LiveBlocks,
@@ -47,6 +51,7 @@ from pipelive_kv.messages import (
     Proposed,
     RaiseCapacity,
     Release,
+    Request,
     Resized,
     SchedulerInfo,
     Settle,
@@ -59,9 +64,16 @@ from pipelive_kv.placement import Placement, whole_stacks
 from pipelive_kv.record import Decision, FileDecisionRecord
 
 _log = logging.getLogger(__name__)
+_A = TypeVar("_A")
 
 _ABORT_TIMEOUT = 10.0
 """Seconds for each participant to take an abort back; the job's own deadline may have passed."""
+
+_GROW_TIMEOUT = 60.0
+"""Seconds for every stage to map the blocks that fit again."""
+
+_INSIST_EVERY = 5.0
+"""Seconds after which a request is made again that has to succeed, since the decision is made."""
 
 
 class Coordinator:
@@ -309,7 +321,8 @@ class _Reconfiguration:
             # The weights are loaded before the engine is held: what is compared is the KV.
             if options.weights_from == "source":
                 self._load_weights()
-            to.scheduler(Hold(self.epoch, job.rest()), Done, job.rest())
+            held = to.scheduler(Hold(self.epoch, job.rest()), Held, job.rest())
+            to.all(lambda _: AwaitStep(held.last_seq, job.rest()), Done, job.rest())
         to.all(
             lambda rank: Connect(
                 self.epoch,
@@ -381,27 +394,28 @@ class _Reconfiguration:
         """What follows the decision."""
         to, job, report = self._to, self._job, self._report
         job.enter(Phase.SWITCHING)
-        to.scheduler(Settle(self.epoch, commit=True), Done, job.rest_after_decision())
-        to.all(lambda _: Commit(self.epoch, report.step), Done, job.rest_after_decision())
-        report.stages = to.all(
-            lambda _: AwaitSwitched(self.epoch, job.rest_after_decision()),
-            Switched,
-            job.rest_after_decision(),
+        to.scheduler(Settle(self.epoch, commit=True), Done, _INSIST_EVERY)
+        to.all(lambda _: Commit(self.epoch, report.step), Done, _INSIST_EVERY)
+        report.stages = self._insist(
+            lambda _: AwaitSwitched(self.epoch, _INSIST_EVERY - 1), Switched
         )
         job.enter(Phase.RELEASING)
-        to.all(
-            lambda _: Release(self.epoch, job.rest_after_decision()),
-            Done,
-            job.rest_after_decision(),
-        )
+        self._insist(lambda _: Release(self.epoch, _INSIST_EVERY - 1), Done)
         self._grow(max(self._after, report.capacity_during))
         job.enter(Phase.DONE)
 
+    def _insist(self, request: Callable[[int], Request], kind: type[_A]) -> tuple[_A, ...]:
+        """Ask until all have answered: the engine may be idle, and the decision stands."""
+        while True:
+            try:
+                return self._to.all(request, kind, _INSIST_EVERY)
+            except DeadlineError as error:
+                _log.info("epoch %d waits for its switchover: %s", self.epoch, error)
+
     def _grow(self, capacity: int) -> None:
-        timeout = self._job.rest_after_decision()
         if capacity > self._report.capacity_during:
-            self._to.all(lambda _: Grow(capacity, self._resize, timeout), Done, timeout)
-            self._to.scheduler(RaiseCapacity(capacity), Done, timeout)
+            self._to.all(lambda _: Grow(capacity, self._resize, _GROW_TIMEOUT), Done, _GROW_TIMEOUT)
+            self._to.scheduler(RaiseCapacity(capacity), Done, _GROW_TIMEOUT)
         self._report.capacity_after = capacity
 
     # aborting: the old placement serves, as before

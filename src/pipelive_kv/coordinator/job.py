@@ -80,10 +80,6 @@ class Job:
         """
         if self._cancelled:
             raise CancelledError(f"cancelled in phase {self._phase.value}")
-        return self.rest_after_decision()
-
-    def rest_after_decision(self) -> float:
-        """As :meth:`rest`, but a decided reconfiguration can no more be cancelled."""
         rest = self._ends_at - time.monotonic()
         if rest <= 0:
             raise DeadlineError(f"the deadline passed in phase {self._phase.value}")

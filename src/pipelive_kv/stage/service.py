@@ -16,6 +16,7 @@ from pipelive_kv.messages import (
     Arm,
     AwaitConverged,
     AwaitResize,
+    AwaitStep,
     AwaitSwitched,
     Commit,
     Connect,
@@ -64,6 +65,13 @@ class StageService:
             case AwaitResize():
                 self._await_resize(request.resize, request.timeout)
                 return Done()
+            case AwaitStep():
+                self._stage.wait_until(
+                    lambda: self._stage.last_seq >= request.seq,
+                    request.timeout,
+                    f"step {request.seq} to end",
+                )
+                return Done()
             case Prepare():
                 return self._prepare(request)
             case Connect():
@@ -78,6 +86,7 @@ class StageService:
             case Arm():
                 return self._arm(request)
             case Commit():
+                self._session(request.epoch).commit(request.step)
                 return Done()
             case AwaitSwitched():
                 return self._await_switched(request)
@@ -219,14 +228,25 @@ class StageService:
     ) -> Incoming:
         stage = self._stage
         views = {layer: stage.pool.layer(layer) for layer in layers}
+        regions = target.regions(layers)
 
         def make_receiver(channel: Channel) -> PatchReceiver:
-            return PatchReceiver(
-                channel, stage.pool.spec, views, epoch=epoch, regions=target.regions(layers)
-            )
+            return PatchReceiver(channel, stage.pool.spec, views, epoch=epoch, regions=regions)
 
-        listener = PatchListener(stage.transport, key=self._key)
+        listener = PatchListener(stage.transport, key=self._key, hello=self._hello(epoch))
         return Incoming(source, layers, listener, make_receiver, ends_at)
+
+    def _hello(self, epoch: int) -> dict[str, str | int | bool]:
+        """What both ends of a move must agree on; the order of a block in memory may differ."""
+        pool = self._stage.pool
+        return {
+            "epoch": epoch,
+            "num_layers": pool.num_layers,
+            "num_kv_heads": pool.spec.num_kv_heads,
+            "head_dim": pool.spec.head_dim,
+            "dtype": pool.spec.dtype,
+            "block_size": pool.spec.block_size,
+        }
 
     def _connect(self, request: Connect) -> Done:
         stage = self._stage
@@ -235,7 +255,12 @@ class StageService:
         ends_at = time.monotonic() + request.timeout
         try:
             for target, layers, address in request.outgoing:
-                channel = connect(address, key=self._key, timeout=request.timeout)
+                channel = connect(
+                    address,
+                    key=self._key,
+                    timeout=request.timeout,
+                    hello=self._hello(request.epoch),
+                )
                 sender = PatchSender(
                     channel,
                     stage.pool.spec,

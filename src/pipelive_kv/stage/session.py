@@ -63,8 +63,15 @@ class StageSession:
     def switch(self, step: int) -> None:
         """Called in the engine's thread before step ``step``, the first of the new placement."""
         self.switch_step = step
+        self.commit(step)
+
+    def commit(self, step: int) -> None:
+        """The epoch is committed and begins with step ``step``, whenever that comes.
+
+        A target before its source in the pipeline needs the tail before the source sees that step.
+        """
         if self.source is not None:
-            self.source.switch(step)
+            self.source.commit(step)
 
     def switched(self, last_old_end_ns: int, first_new_start_ns: int, activate_s: float) -> None:
         """Note what the activation cost."""
@@ -72,12 +79,12 @@ class StageSession:
         self._first_new_start_ns = first_new_start_ns
         self._activate_s = activate_s
 
-    def gate(self, layer: int, timeout: float) -> None:
-        """Wait until ``layer`` holds all writes of the steps before the switchover."""
+    def gate(self, layer: int, needs: int, timeout: float) -> None:
+        """Wait until ``layer`` holds the writes, up to ``needs``, of the old placement's steps."""
         if self.switch_step is None:
             return
         start = time.monotonic_ns()
-        self.target.gate(layer, self.switch_step, timeout)
+        self.target.gate(layer, min(needs, self.switch_step - 1), timeout)
         self._gate_s += (time.monotonic_ns() - start) * 1e-9
 
     def report(self) -> Switched:

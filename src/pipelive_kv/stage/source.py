@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.messages import Converged, RoundRecord
 from pipelive_kv.migration import PatchSender, StopPredictor
+from pipelive_kv.stage.limits import JOIN_TIMEOUT, TRANSFER_TIMEOUT
 from pipelive_kv.tracker import DirtyTracker
 
 Ranges = npt.NDArray[np.uint64]
@@ -49,7 +51,7 @@ class SourceSession:
 
     The patch thread runs: the bulk of the live blocks first, then rounds that carry what the steps
     sealed since have written. It goes on after it has converged, so that each step's slots are on
-    their way as soon as the step is complete, until :meth:`switch` names the last step it has to
+    their way as soon as the step is complete, until :meth:`commit` names the last step it has to
     send; with that step's writes applied at every target, the tail is over.
     """
 
@@ -106,15 +108,19 @@ class SourceSession:
             self._shared.sealed = seq
             self._lock.notify_all()
 
-    def switch(self, step: int) -> None:
-        """Tell, before step ``step`` writes anything, that it runs the new placement.
+    def commit(self, step: int) -> None:
+        """Tell, before step ``step`` is sealed, that it is the first of the new placement.
 
-        The target writes the moved layers from here on, so what this stage logs from here on must
-        not be collected: its bytes of those slots are old.
+        The target writes the moved layers from that step on, so what this stage logs from then on
+        must not be collected: its bytes of those slots are old. The tail has no deadline, since an
+        idle engine may take its time to run the steps before. May be called twice.
         """
-        self._tracker.hold_from(step)
         with self._lock:
+            if self._shared.limit is not None:
+                return
+            self._tracker.hold_from(step)
             self._shared.limit = step - 1
+            self._ends_at = math.inf
             self._lock.notify_all()
 
     def await_converged(self, timeout: float) -> Converged:
@@ -165,7 +171,7 @@ class SourceSession:
         for move in self.outgoing:
             move.sender.cancel()
         if self._thread is not None:
-            self._thread.join(timeout=max(1.0, self._ends_at - time.monotonic()))
+            self._thread.join(timeout=JOIN_TIMEOUT)
 
     # -- the patch thread --------------------------------------------------------------------------
 
@@ -189,6 +195,8 @@ class SourceSession:
             self._end(PipeliveError(f"patch thread: {type(error).__name__}: {error}"))
         finally:
             self._tracker.release_hold()
+            for move in self.outgoing:
+                move.sender.channel.close()
 
     def _patch(self, max_stop_ms: float, max_rounds: int) -> None:
         number, sent_through = 1, self._start_seq
@@ -265,7 +273,8 @@ class SourceSession:
                 or shared.sealed > sent_through
                 or (shared.limit is not None and sent_through >= shared.limit)
             ):
-                self._lock.wait(self._rest())
+                if not self._lock.wait(self._rest()):
+                    continue  # no step ended: the engine is idle, or the deadline has passed
 
     def _finish(self) -> None:
         if self._verify and self._sent:
@@ -294,7 +303,7 @@ class SourceSession:
         rest = self._ends_at - time.monotonic()
         if rest <= 0:
             raise DeadlineError(f"the migration of epoch {self.epoch} ran past its deadline")
-        return rest
+        return min(rest, TRANSFER_TIMEOUT)
 
     def _wait(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
         end = time.monotonic() + timeout

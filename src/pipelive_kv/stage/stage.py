@@ -22,12 +22,10 @@ from pipelive_kv.kv import KVPool
 from pipelive_kv.messages import Stamp
 from pipelive_kv.placement import Placement, whole_stacks
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.limits import GATE_TIMEOUT
 from pipelive_kv.stage.service import StageService
 from pipelive_kv.stage.session import StageSession
 from pipelive_kv.tracker import DirtyTracker
-
-GATE_TIMEOUT = 30.0
-"""Seconds that a gained layer waits for its KV before the step fails; see ``Stage``."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -187,7 +185,8 @@ class Stage:
         """See :meth:`Step.gate`."""
         session = self._session
         if session is not None and session.switch_step is not None:
-            session.gate(layer, self._gate_timeout)
+            needs = stamp.seq - 1 if stamp.needs is None else stamp.needs
+            session.gate(layer, needs, self._gate_timeout)
 
     def end(self, step: Step) -> None:
         """End a step: its writes are complete, and may be sent.
@@ -223,7 +222,8 @@ class Stage:
             raise ProtocolError(
                 f"stage {self.pp_rank} got resize {stamp.resize}, expected {self._resize + 1}"
             )
-        self.pool.shrink(stamp.capacity, moves=dict(stamp.moves))
+        moves = dict(stamp.moves)
+        self.pool.shrink(stamp.capacity, live=moves, moves=moves)
         with self.lock:
             self._resize = stamp.resize
             self.lock.notify_all()

@@ -12,6 +12,7 @@ from pipelive_kv.errors import DeadlineError, PipeliveError
 from pipelive_kv.kv import KVPool
 from pipelive_kv.migration import PatchReceiver
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.limits import JOIN_TIMEOUT, SESSION_TIMEOUT
 from pipelive_kv.transport import Channel, PatchListener
 
 
@@ -90,13 +91,14 @@ class Incoming:
         self._listener.close()
         if receiver is not None:
             receiver.cancel()
-        self._thread.join(timeout=max(1.0, self._ends_at - time.monotonic()))
+        self._thread.join(timeout=JOIN_TIMEOUT)
 
     def _check_locked(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
+        channel = None
         try:
             channel = self._listener.accept(timeout=max(0.0, self._ends_at - time.monotonic()))
             receiver = self._make_receiver(channel)
@@ -106,7 +108,7 @@ class Incoming:
                     return
                 self._receiver = receiver
                 self._lock.notify_all()
-            receiver.run(timeout=max(0.0, self._ends_at - time.monotonic()))
+            receiver.run(timeout=SESSION_TIMEOUT)
             with self._lock:
                 self._finished = True
                 self._lock.notify_all()
@@ -116,6 +118,8 @@ class Incoming:
             self._end(PipeliveError(f"apply thread: {type(error).__name__}: {error}"))
         finally:
             self._listener.close()
+            if channel is not None:
+                channel.close()
 
     def _end(self, error: PipeliveError) -> None:
         with self._lock:
@@ -201,12 +205,12 @@ class TargetSession:
         for incoming in self.incoming:
             incoming.check()
 
-    def gate(self, layer: int, step: int, timeout: float) -> None:
-        """Wait until ``layer`` holds all writes of the steps before ``step``."""
+    def gate(self, layer: int, through: int, timeout: float) -> None:
+        """Wait until ``layer`` holds all writes of the steps up to ``through``."""
         incoming = self._source_of.get(layer)
         if incoming is None:
             return
-        incoming.wait_applied(step - 1, timeout)
+        incoming.wait_applied(through, timeout)
         if self._verify:
             incoming.wait_finished(timeout)
 

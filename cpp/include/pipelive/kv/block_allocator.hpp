@@ -1,11 +1,11 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "pipelive/kv/id_set.hpp"
@@ -92,8 +92,8 @@ class BlockAllocator {
 
   /// Plans a shrink to `capacity`, at most the present one: the live ids that are too high,
   /// ascending, move to the lowest free ids, ascending. Throws Error(over_budget), naming the
-  /// counts, where the live ids do not fit beside those in quarantine below `capacity`, and
-  /// Error(busy) where a shrink is planned already.
+  /// counts, where the live ids do not fit beside those in quarantine below `capacity`.
+  /// Replaces a plan made before; planning the same capacity again succeeds.
   [[nodiscard]] std::vector<BlockMove> plan_shrink(std::int64_t capacity);
 
   /// Carries the planned shrink out; `moves` must be the plan's, in any order. A target takes over
@@ -132,8 +132,14 @@ class BlockAllocator {
     return blocks_[static_cast<std::size_t>(id)];
   }
   void require_known(const char* caller, std::int64_t id) const;
-  void require_live(const char* caller, const std::string& what, std::int64_t id) const;
+  void require_live(const char* caller, std::int64_t id,
+                    std::optional<std::size_t> index = std::nullopt) const {
+    if (id <= 0 || id >= max_blocks_ || at(id).state != State::live) refuse_id(caller, id, index);
+  }
+  [[noreturn]] void refuse_id(const char* caller, std::int64_t id,
+                              std::optional<std::size_t> index) const;
   [[nodiscard]] std::vector<std::int64_t> ids_in(State state, std::int64_t count) const;
+  void drop_plan() noexcept;
   [[noreturn]] void refuse_allocation(const char* caller, std::int64_t count) const;
   std::int64_t take_lowest() noexcept;
   void set_free(std::int64_t id) noexcept;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -20,7 +21,8 @@ struct Collected {
   std::uint64_t num_slots = 0;    ///< slots in `ranges`
   std::uint64_t generation = 0;   ///< strictly rises with every collect of a tracker, also past a
                                   ///< reset: of two collects the later holds the newer bytes
-  std::uint64_t open_externals = 0;  ///< external writes that were recorded but not sealed
+  std::uint64_t open_externals = 0;  ///< external writes recorded and not sealed, without those
+                                     ///< recorded under a hold: they are not in this collect
 };
 
 /// The write log of one stage: which slots have been written and not yet been copied.
@@ -39,7 +41,8 @@ struct Collected {
 /// needed.
 ///
 /// Memory is bounded: sealed steps are folded into one bitmap whether or not anyone collects, a log
-/// holds at most two bitmaps, and at most kMaxOpenSteps steps are logged at a time.
+/// holds at most two bitmaps, and at most kMaxOpenSteps steps and kMaxOpenExternals externals are
+/// logged at a time.
 ///
 /// Thread-safe. Every operation that throws leaves the tracker as it was; misuse and bad slots are
 /// Error(invalid_argument) that name the index and the value.
@@ -47,6 +50,7 @@ class DirtyTracker {
  public:
   static constexpr std::uint64_t kMaxSlots = WriteLog::kMaxSlots;
   static constexpr std::uint64_t kMaxOpenSteps = 65536;
+  static constexpr std::uint64_t kMaxOpenExternals = 65536;
 
   /// Steps are numbered from `next_seq` (at least 0). Throws Error(invalid_argument) or
   /// Error(out_of_memory).
@@ -66,7 +70,8 @@ class DirtyTracker {
   /// Says that the device has completed the open step `seq`.
   void seal(std::int64_t seq);
 
-  /// Begins a log outside the steps. Returns its token, which is never given twice.
+  /// Begins a log outside the steps. Returns its token, which is never given twice. Throws
+  /// Error(busy) where kMaxOpenExternals are logged.
   [[nodiscard]] std::uint64_t record_external(std::span<const std::int64_t> slots);
   [[nodiscard]] std::uint64_t record_external_ranges(std::span<const SlotRange> ranges);
   [[nodiscard]] std::uint64_t record_external_blocks(std::span<const std::int64_t> ids,
@@ -81,7 +86,18 @@ class DirtyTracker {
   /// Puts ranges back that were collected but could not be sent; the next collect has them again.
   void restore(std::span<const SlotRange> ranges);
 
-  /// Forgets every step, external and mark. The next step to open is `next_seq`; generations go on.
+  /// Holds back what steps from `seq` on write, and what externals recorded from now on write,
+  /// until release_hold(): collects go on for the steps before, and pending_slots() counts no
+  /// other. For a switchover, after which the target and not this stage writes the layers that
+  /// moved. Throws Error(invalid_argument) where step `seq` was folded into the marks already, and
+  /// Error(busy) where another step is held; holding the same step again changes nothing.
+  void hold_from(std::int64_t seq);
+
+  /// Lets the held steps and externals be collected; without a hold it does nothing.
+  void release_hold();
+
+  /// Forgets every step, external, mark and hold. The next step to open is `next_seq`; generations
+  /// go on.
   void reset(std::int64_t next_seq);
 
   [[nodiscard]] std::uint64_t num_slots() const noexcept { return num_slots_; }
@@ -103,7 +119,13 @@ class DirtyTracker {
     WriteLog log;
     bool sealed = false;
   };
+  struct External {
+    WriteLog log;
+    bool held = false;    // recorded under a hold
+    bool sealed = false;  // and waiting for the hold to end
+  };
 
+  void fold_sealed_steps() noexcept;
   Step& find_open(const char* caller, std::int64_t seq);
   template <typename Add>
   std::uint64_t add_external(Add&& add);
@@ -118,11 +140,13 @@ class DirtyTracker {
   mutable std::mutex mutex_;  // guards all that follows
   SlotBitmap pending_;        // the sealed writes since the last collect
   std::uint64_t pending_slots_ = 0;
-  std::deque<Step> steps_;  // first_seq_ to next_seq_ - 1; the front is never sealed
+  std::deque<Step> steps_;  // first_seq_ to next_seq_ - 1; a sealed front is held
   std::int64_t first_seq_;
   std::int64_t next_seq_;
   std::uint64_t open_steps_ = 0;
-  std::unordered_map<std::uint64_t, WriteLog> externals_;
+  std::optional<std::int64_t> held_from_;
+  std::unordered_map<std::uint64_t, External> externals_;
+  std::uint64_t open_externals_ = 0;
   std::uint64_t next_token_ = 1;
   std::uint64_t generation_ = 0;
   std::vector<WriteLog> spare_logs_;  // emptied logs whose memory the next steps use

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "pipelive/kv/layer_view.hpp"
+#include "pipelive/kv/residency.hpp"
+#include "pipelive/kv/spec.hpp"
+
+namespace pipelive {
+
+/// One moving layer at this end.
+struct PatchLayer {
+  std::uint32_t layer = 0;
+  BlockLayout layout;
+  LayerMemory memory;
+  /// Says which blocks are mapped, and keeps them so while they are used. Empty where all blocks of
+  /// `memory` always are.
+  std::shared_ptr<const BlockMemory> blocks;
+
+  /// Throws Error(invalid_argument) for memory that the host does not reach.
+  [[nodiscard]] static PatchLayer of(const LayerView& view);
+};
+
+/// The moving layers of a session, ascending. Their memory order may differ from the peer's and
+/// from each other's; what travels may not.
+class PatchLayers {
+ public:
+  /// Throws Error(invalid_argument) naming the layer: named twice, without memory, or with a block
+  /// size or a slot size that is not that of `spec`.
+  PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers);
+
+  [[nodiscard]] const KVSpec& spec() const noexcept { return spec_; }
+  [[nodiscard]] std::span<const PatchLayer> all() const noexcept { return layers_; }
+  [[nodiscard]] std::span<const std::uint32_t> ids() const noexcept { return ids_; }
+  [[nodiscard]] std::size_t size() const noexcept { return layers_.size(); }
+  /// The place of `layer` in `all`, or -1.
+  [[nodiscard]] std::ptrdiff_t find(std::uint32_t layer) const noexcept;
+  /// The same for a layer that a caller named; throws Error(invalid_argument).
+  [[nodiscard]] std::size_t at(std::uint32_t layer) const;
+
+  /// Bytes of one slot of one layer, as it travels.
+  [[nodiscard]] std::size_t slot_bytes() const noexcept { return slot_bytes_; }
+  [[nodiscard]] std::uint32_t block_size() const noexcept { return spec_.block_size; }
+  /// Block ids that every layer has addresses for.
+  [[nodiscard]] std::uint64_t max_blocks() const noexcept { return max_blocks_; }
+  [[nodiscard]] std::uint64_t max_slots() const noexcept { return max_blocks_ * spec_.block_size; }
+
+  /// While the result lives, no block that is mapped is unmapped. May wait for a resize under way.
+  [[nodiscard]] std::vector<Residency::Use> use() const;
+  /// Block ids [0, n) are mapped in every layer; 0 where a layer is not held. Stays true under
+  /// use().
+  [[nodiscard]] std::uint64_t resident_blocks() const noexcept;
+
+ private:
+  KVSpec spec_;
+  std::vector<PatchLayer> layers_;
+  std::vector<std::uint32_t> ids_;
+  std::vector<std::shared_ptr<const BlockMemory>> memories_;  // each once
+  std::size_t slot_bytes_ = 0;
+  std::uint64_t max_blocks_ = 0;
+};
+
+}  // namespace pipelive

@@ -1,0 +1,82 @@
+#include "pipelive/migration/patch_layers.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "pipelive/base/error.hpp"
+
+namespace pipelive {
+
+PatchLayer PatchLayer::of(const LayerView& view) {
+  if (view.device_kind() != DeviceKind::host) {
+    throw Error(ErrorCode::invalid_argument,
+                "layer " + std::to_string(view.layer()) +
+                    " lies in device memory; patches are packed by the host so far");
+  }
+  return {view.layer(), view.layout(), view.memory(), view.blocks()};
+}
+
+PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
+    : spec_(spec), layers_(std::move(layers)) {
+  const BlockLayout own = spec_.layout();
+  slot_bytes_ = own.slot_bytes();
+  std::sort(layers_.begin(), layers_.end(),
+            [](const PatchLayer& a, const PatchLayer& b) { return a.layer < b.layer; });
+  max_blocks_ = layers_.empty() ? 0 : std::numeric_limits<std::uint64_t>::max();
+  for (const PatchLayer& layer : layers_) {
+    const std::string name = "layer " + std::to_string(layer.layer);
+    if (!ids_.empty() && ids_.back() == layer.layer) {
+      throw Error(ErrorCode::invalid_argument, name + " is named twice");
+    }
+    if (layer.memory.base == nullptr || layer.memory.num_blocks == 0) {
+      throw Error(ErrorCode::invalid_argument, name + " has no memory");
+    }
+    if (layer.layout.block_size != own.block_size ||
+        layer.layout.fragment_bytes != own.fragment_bytes ||
+        layer.layout.fragment_offsets.size() != own.fragment_offsets.size()) {
+      throw Error(ErrorCode::invalid_argument,
+                  name + " has blocks of " + std::to_string(layer.layout.block_size) +
+                      " tokens of " + std::to_string(layer.layout.slot_bytes()) +
+                      " bytes; the spec says " + std::to_string(own.block_size) + " and " +
+                      std::to_string(slot_bytes_));
+    }
+    if (layer.blocks &&
+        std::find(memories_.begin(), memories_.end(), layer.blocks) == memories_.end()) {
+      memories_.push_back(layer.blocks);
+    }
+    ids_.push_back(layer.layer);
+    max_blocks_ = std::min(max_blocks_, layer.memory.num_blocks);
+  }
+}
+
+std::ptrdiff_t PatchLayers::find(std::uint32_t layer) const noexcept {
+  const auto found = std::lower_bound(ids_.begin(), ids_.end(), layer);
+  return found != ids_.end() && *found == layer ? found - ids_.begin() : -1;
+}
+
+std::size_t PatchLayers::at(std::uint32_t layer) const {
+  const std::ptrdiff_t place = find(layer);
+  if (place < 0) {
+    throw Error(ErrorCode::invalid_argument,
+                "layer " + std::to_string(layer) + " is not one of the moving layers");
+  }
+  return static_cast<std::size_t>(place);
+}
+
+std::vector<Residency::Use> PatchLayers::use() const {
+  std::vector<Residency::Use> uses;
+  uses.reserve(memories_.size());
+  for (const auto& memory : memories_) uses.push_back(memory->residency().use());
+  return uses;
+}
+
+std::uint64_t PatchLayers::resident_blocks() const noexcept {
+  std::uint64_t blocks = max_blocks_;
+  for (const PatchLayer& layer : layers_) {
+    if (layer.blocks) blocks = std::min(blocks, layer.blocks->residency().limit(layer.layer));
+  }
+  return blocks;
+}
+
+}  // namespace pipelive

@@ -1,0 +1,85 @@
+#pragma once
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pipelive/transport/shm_channel.hpp"
+#include "pipelive/transport/tcp_channel.hpp"
+
+namespace pipelive::test {
+
+enum class ChannelKind { shm, tcp };
+
+inline std::string name_of(ChannelKind kind) {
+  return kind == ChannelKind::shm ? "shm" : "tcp";
+}
+
+/// Two connected stream sockets: Unix ones, or TCP over loopback.
+struct SocketPair {
+  UniqueFd a;
+  UniqueFd b;
+};
+
+inline void require(bool fine, const char* what) {
+  if (!fine) throw std::runtime_error(std::string(what) + ": " + std::strerror(errno));
+}
+
+inline SocketPair unix_pair() {
+  int fds[2];
+  require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0, "socketpair");
+  return {UniqueFd(fds[0]), UniqueFd(fds[1])};
+}
+
+inline SocketPair tcp_pair() {
+  UniqueFd listening(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  auto* const generic = reinterpret_cast<sockaddr*>(&address);
+  require(bind(listening.get(), generic, size) == 0, "bind");
+  require(listen(listening.get(), 1) == 0, "listen");
+  require(getsockname(listening.get(), generic, &size) == 0, "getsockname");
+  UniqueFd a(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  require(connect(a.get(), generic, size) == 0, "connect");
+  UniqueFd b(accept4(listening.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  require(b.valid(), "accept");
+  return {std::move(a), std::move(b)};
+}
+
+/// Two ends of a channel in one process.
+struct ChannelPair {
+  std::shared_ptr<Channel> a;
+  std::shared_ptr<Channel> b;
+};
+
+inline ChannelPair make_channels(ChannelKind kind, std::size_t ring_bytes = std::size_t{1} << 20,
+                                 const TcpOptions& options = {}) {
+  if (kind == ChannelKind::tcp) {
+    SocketPair sockets = tcp_pair();
+    return {std::make_shared<TcpChannel>(std::move(sockets.a), options),
+            std::make_shared<TcpChannel>(std::move(sockets.b), options)};
+  }
+  SocketPair sockets = unix_pair();
+  UniqueFd memory = ShmChannel::create_memory(ring_bytes);
+  UniqueFd other(fcntl(memory.get(), F_DUPFD_CLOEXEC, 0));
+  return {std::make_shared<ShmChannel>(std::move(sockets.a), std::move(memory), 0),
+          std::make_shared<ShmChannel>(std::move(sockets.b), std::move(other), 1)};
+}
+
+inline Deadline soon() {
+  return Deadline::after(std::chrono::seconds(20));
+}
+inline Deadline shortly() {
+  return Deadline::after(std::chrono::milliseconds(30));
+}
+
+}  // namespace pipelive::test

@@ -1,0 +1,1 @@
+"""Adapters to inference engines, and a small reference engine."""

@@ -1,0 +1,246 @@
+"""A stage process: receives steps, runs its layers, passes hidden states on."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import zmq
+
+from pipelive_kv.engines.reference.config import EngineConfig
+from pipelive_kv.engines.reference.messages import Failed, Ready, Step, StepDone, Stop, ToStage
+
+__all__ = ["Launch", "main", "results_address", "steps_address"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a stage process is started with.
+
+    Attributes:
+        directory: private folder for sockets and the rendezvous file.
+        control: address of the coordinator; empty if there is none.
+        key: `ControlKey.to_bytes()`.
+    """
+
+    config: EngineConfig
+    rank: int
+    directory: str
+    control: str
+    key: bytes
+
+
+def steps_address(directory: str, rank: int) -> str:
+    """Where a stage receives its steps."""
+    return f"ipc://{directory}/steps-{rank}"
+
+
+def results_address(directory: str) -> str:
+    """Where the driver receives results."""
+    return f"ipc://{directory}/results"
+
+
+def main(launch: Launch) -> None:
+    """Run a stage until it is told to stop, or the driver has gone; the process's entry point."""
+    # Ctrl-C reaches every process of a terminal; the driver is the one that ends the stages.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Before torch is imported: gloo is to listen on loopback alone, and processes that share a few
+    # cores lose most of their time when each starts a thread per core.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["OMP_NUM_THREADS"] = str(launch.config.threads)
+    context = zmq.Context()
+    results = context.socket(zmq.PUSH)
+    results.connect(results_address(launch.directory))
+    encoder = msgspec.msgpack.Encoder()
+    try:
+        worker = _Worker(launch)
+        try:
+            results.send(encoder.encode(Ready(launch.rank)))
+            for step in _steps(context, launch):
+                results.send(encoder.encode(worker.run(step)))
+        finally:
+            worker.close()
+    except Exception as error:
+        trace = traceback.format_exc()
+        results.send(encoder.encode(Failed(launch.rank, f"{type(error).__name__}: {error}", trace)))
+        raise SystemExit(1) from None
+    finally:
+        results.close(linger=2000)
+        context.destroy(linger=0)
+
+
+def _steps(context: zmq.Context[Any], launch: Launch) -> Any:
+    """Yield steps until a Stop comes or the driver's process is gone."""
+    socket = context.socket(zmq.PULL)
+    socket.connect(steps_address(launch.directory, launch.rank))
+    decoder = msgspec.msgpack.Decoder(ToStage)
+    parent = multiprocessing.parent_process()
+    while True:
+        if not socket.poll(500):
+            if parent is not None and not parent.is_alive():
+                return
+            continue
+        message = decoder.decode(socket.recv())
+        if isinstance(message, Stop):
+            return
+        yield message
+
+
+class _Worker:
+    """The stage's share of the model, its memory, and its connections to its neighbours."""
+
+    def __init__(self, launch: Launch) -> None:
+        import torch  # noqa: PLC0415
+
+        from pipelive_kv.control import ControlEndpoint, ControlKey  # noqa: PLC0415
+        from pipelive_kv.engines.transformers import (  # noqa: PLC0415
+            TransformersModel,
+            TransformersStage,
+        )
+        from pipelive_kv.kv import KVPool  # noqa: PLC0415
+        from pipelive_kv.memory import PagePool  # noqa: PLC0415
+        from pipelive_kv.stage import Stage  # noqa: PLC0415
+        from pipelive_kv.weights import WeightArena  # noqa: PLC0415
+
+        config = launch.config
+        self._config, self._rank = config, launch.rank
+        self._size = config.placement.num_stages
+        torch.set_num_threads(config.threads)
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+        if self._size > 1:
+            self._join(launch.directory)
+        model = TransformersModel(config.model, dtype=config.dtype)
+        self._hidden_size = model.hidden_size
+        self._dtype = getattr(torch, config.dtype)
+        layers = config.placement.layers_of(launch.rank)
+        source = model.open_weights()
+        pages = PagePool(config.budget, page_bytes=config.page_bytes)
+        arena = WeightArena(pages, source, model.num_layers)
+        for layer in layers:
+            arena.add(layer)
+            arena.load(layer)
+        pool = KVPool(
+            model.kv_spec(block_size=config.block_size),
+            num_layers=model.num_layers,
+            layers=layers,
+            max_blocks=config.max_blocks,
+            capacity=config.first_capacity,
+            page_pool=pages,
+            stack=config.stack,
+        )
+        self._model = TransformersStage(
+            model, rank=launch.rank, num_stages=self._size, kv=pool.layer, weights=source
+        )
+        self._model.prepare(layers, arena)
+        self._model.activate(config.placement)
+        control = None
+        if launch.control:
+            control = ControlEndpoint(launch.control, ControlKey.from_bytes(launch.key))
+        self._stage = Stage(
+            pp_rank=launch.rank,
+            pp_size=self._size,
+            pool=pool,
+            placement=config.placement,
+            hooks=config.wrap_hooks(self._model, pool) if config.wrap_hooks else self._model,
+            weights=arena,
+            control=control,
+            transport=config.transport,
+        )
+
+    def run(self, step: Step) -> StepDone:
+        """Run one step and say how long it took, and on the last stage which tokens it drew."""
+        import torch  # noqa: PLC0415
+
+        from pipelive_kv.engines.reference.sampling import draw  # noqa: PLC0415
+        from pipelive_kv.engines.transformers import StepBatch  # noqa: PLC0415
+
+        begin = time.monotonic()
+        slots = torch.tensor(step.slots, dtype=torch.int64)
+        held = self._stage.begin(step.stamp, slots)
+        start, waited = time.monotonic(), 0.0
+        tokens: list[int] = []
+
+        def gate(layer: int) -> None:
+            nonlocal waited
+            before = time.monotonic()
+            held.gate(layer)
+            waited += time.monotonic() - before
+
+        if step.kind != "empty":
+            inputs = self._inputs(step)
+            start = time.monotonic()
+            batch = StepBatch(
+                slots=slots,
+                block_tables=torch.tensor(step.block_tables, dtype=torch.int32),
+                seq_lens=torch.tensor(step.seq_lens, dtype=torch.int32),
+                query_start=torch.tensor(step.query_start, dtype=torch.int32),
+            )
+            result = self._model.forward(
+                inputs,
+                torch.tensor(step.positions, dtype=torch.int64),
+                batch,
+                gate=gate,
+                logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64),
+            )
+            if self._rank == self._size - 1:
+                tokens = draw(result, step.samples)
+            else:
+                self._send(result, step.stamp.seq)
+        self._stage.end(held)
+        return StepDone(
+            rank=self._rank,
+            seq=step.stamp.seq,
+            begin=begin,
+            start=start,
+            end=time.monotonic(),
+            gate=waited,
+            num_layers=len(held.layers),
+            tokens=tokens,
+        )
+
+    def close(self) -> None:
+        """Leave the control plane."""
+        self._stage.close()
+
+    def _join(self, directory: str) -> None:
+        """Meet the other stages through a file: a TCP store would listen on every interface."""
+        import torch.distributed as dist  # noqa: PLC0415
+
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(  # type: ignore[attr-defined]
+                f"{directory}/rendezvous", self._size
+            ),
+            rank=self._rank,
+            world_size=self._size,
+            timeout=datetime.timedelta(seconds=self._config.step_timeout),
+        )
+
+    def _inputs(self, step: Step) -> Any:
+        import torch  # noqa: PLC0415
+        import torch.distributed as dist  # noqa: PLC0415
+
+        if self._rank == 0:
+            return torch.tensor(step.tokens, dtype=torch.int64)
+        hidden = torch.empty((len(step.tokens), self._hidden_size), dtype=self._dtype)
+        work = dist.irecv(hidden, self._rank - 1, tag=step.stamp.seq & 0xFFFF)
+        if work is not None:
+            work.wait()
+        return hidden
+
+    def _send(self, hidden: Any, seq: int) -> None:
+        """Send without waiting: gloo's blocking send waits for the other side to receive."""
+        import torch.distributed as dist  # noqa: PLC0415
+
+        while len(self._sent) >= 2 * self._config.lanes:
+            self._sent.popleft()[0].wait()
+        hidden = hidden.contiguous()
+        self._sent.append((dist.isend(hidden, self._rank + 1, tag=seq & 0xFFFF), hidden))

@@ -1,0 +1,16 @@
+"""How long a stage waits for what, in seconds."""
+
+from __future__ import annotations
+
+GATE_TIMEOUT = 30.0
+"""A gained layer's wait for its KV; the step fails after it."""
+
+TRANSFER_TIMEOUT = 60.0
+"""One message's or one acknowledgement's wait, also where a migration has no deadline any more."""
+
+SESSION_TIMEOUT = 86400.0
+"""A target's wait for its source to go on. The source's own deadline ends it earlier; once the
+switchover is decided there is none, since an idle engine may take its time to run the step."""
+
+JOIN_TIMEOUT = 10.0
+"""The wait for a thread that was cancelled."""

@@ -1,0 +1,484 @@
+"""Making patch connections: listening, connecting, and handing the socket to the core."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelive_kv import _core
+from pipelive_kv.errors import (
+    ClosedError,
+    DeadlineError,
+    DeviceError,
+    InvalidArgumentError,
+    PipeliveError,
+    ProtocolError,
+)
+from pipelive_kv.transport import handshake
+from pipelive_kv.transport.address import Address, boot_id
+from pipelive_kv.transport.channel import Channel
+from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
+
+SHM_RING_BYTES: int = _core.SHM_RING_BYTES
+MAX_TCP_MESSAGE_BYTES = 64 << 20
+PROGRESS_BYTES = 64 << 10
+PROGRESS_SECONDS = 5.0
+MAX_PENDING = 8
+HANDSHAKE_SECONDS = 5.0
+_SOCKET_BUFFER_BYTES = 4 << 20
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A connection whose peer has not proved itself yet."""
+
+    socket: socket.socket
+    kind: Literal["shm", "tcp"]
+    steps: Handshake
+    ends_at: float
+    wanted: int = 0
+    inbox: bytearray = field(default_factory=bytearray)
+    outbox: bytearray = field(default_factory=bytearray)
+
+
+class PatchListener:
+    """Waits for the source of a move to connect.
+
+    Args:
+        kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"auto"`` offers
+            both and lets the connecting end take shared memory where it can.
+        key: the shared secret, 16 bytes or more.
+        host: the address that TCP listens on. Nothing but loopback unless it is given.
+        ring_bytes: of a shared-memory channel, for each direction; bounds its largest message.
+        hello: what this end says about itself. A field that both ends name must be equal, else both
+            raise ProtocolError naming it.
+        max_pending: connections that may be in their handshake at one time.
+        handshake_timeout: seconds that a handshake may take.
+
+    Raises InvalidArgumentError, and DeviceError where the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        kind: str = "auto",
+        *,
+        key: bytes,
+        host: str = "127.0.0.1",
+        ring_bytes: int = SHM_RING_BYTES,
+        hello: Hello | None = None,
+        max_pending: int = MAX_PENDING,
+        handshake_timeout: float = HANDSHAKE_SECONDS,
+    ) -> None:
+        if kind not in ("tcp", "shm", "auto"):
+            raise InvalidArgumentError(f"kind is {kind!r}, expected 'tcp', 'shm' or 'auto'")
+        if max_pending < 1:
+            raise InvalidArgumentError(f"max_pending is {max_pending}, expected 1 or more")
+        if not 0 < ring_bytes <= 1 << 40:
+            raise InvalidArgumentError(f"ring_bytes is {ring_bytes}, expected 1 to 2**40")
+        self._key = handshake.check_key(key)
+        self._hello: Hello = dict(hello or {})
+        self._ring_bytes = ring_bytes
+        self._max_pending = max_pending
+        self._handshake_timeout = handshake_timeout
+        self._pending: list[_Pending] = []
+        self._refused: list[str] = []
+        self._closed = False
+        self._closing = threading.Lock()
+        # Held by the thread that accepts; close() wakes that thread and then takes it.
+        self._accepting = threading.Lock()
+        with contextlib.ExitStack() as undo:
+            self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(os.close, self._wake_read)
+            undo.callback(os.close, self._wake_write)
+            self._sockets: dict[socket.socket, Literal["shm", "tcp"]] = {}
+            bound_host, port, path = "", 0, ""
+            if kind != "shm":
+                listening = _listen_tcp(host)
+                undo.callback(listening.close)
+                self._sockets[listening] = "tcp"
+                bound_host, port = listening.getsockname()[:2]
+            if kind != "tcp":
+                path = f"@pipelive-{secrets.token_hex(16)}"
+                listening = _listen_unix(path)
+                undo.callback(listening.close)
+                self._sockets[listening] = "shm"
+            self._address = Address(bound_host, port, path, boot_id() if kind == "auto" else "")
+            undo.pop_all()
+
+    @property
+    def address(self) -> str:
+        """What :func:`connect` takes; it may travel in any message, it is no secret."""
+        return str(self._address)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Why handshakes have failed so far, the last few."""
+        return tuple(self._refused)
+
+    def accept(self, timeout: float) -> Channel:
+        """Wait for a peer that holds the key; who does not is turned away.
+
+        Raises DeadlineError (naming the last refusal), ClosedError once closed, and ProtocolError
+        where a peer that holds the key says something else about itself than ``hello``.
+        """
+        ends_at = time.monotonic() + timeout
+        with self._accepting, selectors.DefaultSelector() as selector:
+            self._check_open()
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            for listening in self._sockets:
+                selector.register(listening, selectors.EVENT_READ)
+            for pending in self._pending:
+                selector.register(pending.socket, _events(pending), pending)
+            return self._accept(selector, ends_at, timeout)
+
+    def close(self) -> None:
+        """Stop listening; a waiting accept raises ClosedError. Channels made before live on."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        os.write(self._wake_write, b"x")
+        with self._accepting:
+            for pending in self._pending:
+                pending.socket.close()
+            self._pending.clear()
+            for listening in self._sockets:
+                listening.close()
+            self._sockets.clear()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def __enter__(self) -> PatchListener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Of a listener that was never made completely there is nothing to close.
+        if hasattr(self, "_address"):
+            self.close()
+
+    # -- inside accept -----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the patch listener was closed: {self._address}")
+
+    def _accept(self, selector: selectors.BaseSelector, ends_at: float, timeout: float) -> Channel:
+        while True:
+            now = time.monotonic()
+            if now >= ends_at:
+                last = f"; the last refusal: {self._refused[-1]}" if self._refused else ""
+                raise DeadlineError(
+                    f"nobody with the right key connected to {self._address} within "
+                    f"{timeout:.1f} s{last}"
+                )
+            for pending in [p for p in self._pending if p.ends_at <= now]:
+                self._turn_away(selector, pending, "the handshake took too long")
+            until = min([ends_at, *(pending.ends_at for pending in self._pending)])
+            for key, _ in selector.select(max(0.0, until - now)):
+                self._check_open()
+                if key.fileobj in self._sockets:
+                    self._greet(selector, key.fileobj)
+                elif key.data is not None:
+                    channel = self._advance(selector, key.data)
+                    if channel is not None:
+                        return channel
+            self._check_open()
+
+    def _greet(self, selector: selectors.BaseSelector, listening: socket.socket) -> None:
+        try:
+            accepted, _ = listening.accept()
+        except OSError:
+            return  # it has gone again
+        kind = self._sockets[listening]
+        accepted.setblocking(False)
+        try:
+            if len(self._pending) >= self._max_pending:
+                raise ProtocolError(f"{self._max_pending} handshakes are under way already")
+            if kind == "shm":
+                _check_same_user(accepted)
+        except (ProtocolError, OSError) as error:
+            self._note(str(error))
+            accepted.close()
+            return
+        steps = handshake.server(self._key, self._hello, kind)
+        ends_at = time.monotonic() + self._handshake_timeout
+        pending = _Pending(accepted, kind, steps, ends_at)
+        _step(pending, None)
+        self._pending.append(pending)
+        selector.register(accepted, _events(pending), pending)
+
+    def _advance(self, selector: selectors.BaseSelector, pending: _Pending) -> Channel | None:
+        try:
+            agreed = _pump(pending)
+            if agreed is None:
+                selector.modify(pending.socket, _events(pending), pending)
+                return None
+            selector.unregister(pending.socket)
+            self._pending.remove(pending)
+            return self._finish(pending, agreed)
+        except handshake.HelloMismatchError as error:
+            self._turn_away(selector, pending, str(error))
+            raise  # it is the peer that was waited for, and it will not get better
+        except (PipeliveError, OSError) as error:
+            self._turn_away(selector, pending, str(error))
+            return None
+
+    def _turn_away(self, selector: selectors.BaseSelector, pending: _Pending, reason: str) -> None:
+        self._note(reason)
+        if pending in self._pending:
+            self._pending.remove(pending)
+            selector.unregister(pending.socket)
+        pending.steps.close()
+        pending.socket.close()
+
+    def _note(self, reason: str) -> None:
+        self._refused = [*self._refused[-15:], reason]
+
+    def _finish(self, pending: _Pending, agreed: Agreed) -> Channel:
+        if pending.kind == "tcp":
+            core = _tcp_channel(pending.socket)
+        else:
+            memory = _core.shm_memory(self._ring_bytes)
+            try:
+                pending.socket.setblocking(True)
+                pending.socket.settimeout(self._handshake_timeout)
+                socket.send_fds(pending.socket, [b"m"], [memory])
+            except BaseException:
+                os.close(memory)
+                raise
+            core = _core.shm_channel(_detach(pending.socket), memory, 0)
+        reason = f"the connecting end came over {pending.kind}"
+        return Channel(core, reason=reason, hello=agreed.hello)
+
+
+def connect(
+    address: str,
+    *,
+    key: bytes,
+    timeout: float,
+    hello: Hello | None = None,
+) -> Channel:
+    """Connect to a :class:`PatchListener` and prove to each other that both hold ``key``.
+
+    For an ``auto`` address, shared memory is taken where the listener is on this host and its Unix
+    socket can be reached; :attr:`Channel.reason` says what was taken and why.
+
+    Raises DeadlineError after ``timeout`` seconds, ProtocolError where the peer does not hold the
+    key or differs in a field of ``hello`` (named), ClosedError where it hangs up, DeviceError where
+    it cannot be reached.
+    """
+    handshake.check_key(key)
+    ends_at = time.monotonic() + timeout
+    where = Address.parse(address)
+    said: Hello = dict(hello or {})
+    if where.kind == "tcp":
+        return _connect_tcp(where, key, said, ends_at, "the address is one for tcp")
+    if where.kind == "shm":
+        return _connect_shm(where, key, said, ends_at, "the address is one for shared memory")
+    own = boot_id()
+    if not own or own != where.boot_id:
+        why = f"the listener is on another host (boot id {where.boot_id[:8]}, here {own[:8]})"
+        return _connect_tcp(where, key, said, ends_at, why)
+    try:
+        why = "the listener is on this host"
+        return _connect_shm(where, key, said, ends_at, why)
+    except DeviceError as error:
+        why = f"the listener is on this host, but its Unix socket is out of reach: {error}"
+        return _connect_tcp(where, key, said, ends_at, why)
+
+
+def _connect_tcp(where: Address, key: bytes, hello: Hello, ends_at: float, why: str) -> Channel:
+    with _reaching(where, ends_at):
+        connected = socket.create_connection(where.tcp, timeout=_rest(ends_at, where))
+    with contextlib.ExitStack() as undo:
+        undo.callback(connected.close)
+        agreed = _shake(connected, where, handshake.client(key, hello), "tcp", ends_at)
+        core = _tcp_channel(connected)
+        undo.pop_all()
+    return Channel(core, reason=why, hello=agreed.hello)
+
+
+def _connect_shm(where: Address, key: bytes, hello: Hello, ends_at: float, why: str) -> Channel:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.ExitStack() as undo:
+        undo.callback(connected.close)
+        with _reaching(where, ends_at):
+            connected.settimeout(_rest(ends_at, where))
+            connected.connect(where.unix)
+        _check_same_user(connected)
+        agreed = _shake(connected, where, handshake.client(key, hello), "shm", ends_at)
+        with _reaching(where, ends_at):
+            connected.settimeout(_rest(ends_at, where))
+            data, fds, _, _ = socket.recv_fds(connected, 1, 1)
+        for fd in fds[1:]:
+            os.close(fd)
+        if not data:
+            raise ClosedError(f"{where} hung up before it passed its memory")
+        if not fds:
+            raise ProtocolError(f"{where} passed no memory")
+        undo.pop_all()
+        core = _core.shm_channel(_detach(connected), fds[0], 1)
+    return Channel(core, reason=why, hello=agreed.hello)
+
+
+def _shake(
+    connected: socket.socket, where: Address, steps: Handshake, kind: str, ends_at: float
+) -> Agreed:
+    """Drive a handshake over a socket that may block."""
+    answer: bytes | None = None
+    with _reaching(where, ends_at):
+        while True:
+            try:
+                wish = next(steps) if answer is None else steps.send(answer)
+            except StopIteration as stop:
+                agreed: Agreed = stop.value
+                break
+            connected.settimeout(_rest(ends_at, where))
+            if isinstance(wish, Send):
+                connected.sendall(wish.data)
+                answer = b""
+                continue
+            received = bytearray()
+            while len(received) < wish.size:
+                connected.settimeout(_rest(ends_at, where))
+                piece = connected.recv(wish.size - len(received))
+                if not piece:
+                    raise ClosedError(
+                        f"{where} hung up in the handshake; most often the keys differ"
+                    )
+                received += piece
+            answer = bytes(received)
+    if agreed.kind != kind:
+        raise ProtocolError(f"{where} offers {agreed.kind} where {kind} was asked for")
+    return agreed
+
+
+def _step(pending: _Pending, answer: bytes | None) -> Agreed | None:
+    """Run the handshake until it wants bytes that are not there."""
+    try:
+        wish = next(pending.steps) if answer is None else pending.steps.send(answer)
+        while isinstance(wish, Send):
+            pending.outbox += wish.data
+            wish = pending.steps.send(b"")
+        pending.wanted = wish.size
+    except StopIteration as stop:
+        pending.wanted = 0
+        agreed: Agreed = stop.value
+        return agreed
+    return None
+
+
+def _pump(pending: _Pending) -> Agreed | None:
+    """Move what the socket has and takes; the outcome once the last byte has gone."""
+    agreed: Agreed | None = None
+    failure: PipeliveError | None = None
+    if pending.wanted:
+        with contextlib.suppress(BlockingIOError):
+            piece = pending.socket.recv(pending.wanted - len(pending.inbox))
+            if not piece:
+                raise ClosedError("the peer hung up in the handshake")
+            pending.inbox += piece
+        if len(pending.inbox) == pending.wanted:
+            answer = bytes(pending.inbox)
+            pending.inbox.clear()
+            try:
+                agreed = _step(pending, answer)
+            except PipeliveError as error:
+                failure = error  # once the verdict that says so is on its way
+    if pending.outbox:
+        # Frames are far smaller than a socket's buffer, so this ends soon or not at all.
+        with contextlib.suppress(BlockingIOError):
+            sent = pending.socket.send(pending.outbox)
+            del pending.outbox[:sent]
+    if failure is not None:
+        raise failure
+    if agreed is not None and pending.outbox:
+        raise ClosedError("the peer did not take the end of the handshake")
+    return agreed
+
+
+def _events(pending: _Pending) -> int:
+    return selectors.EVENT_READ | (selectors.EVENT_WRITE if pending.outbox else 0)
+
+
+def _tcp_channel(connected: socket.socket) -> Any:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+    return _core.tcp_channel(
+        _detach(connected), MAX_TCP_MESSAGE_BYTES, PROGRESS_BYTES, PROGRESS_SECONDS
+    )
+
+
+def _detach(connected: socket.socket) -> int:
+    connected.setblocking(False)
+    return connected.detach()
+
+
+def _listen_tcp(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.bind((host, 0))
+        listening.listen(MAX_PENDING)
+        listening.setblocking(False)
+    except OSError as error:
+        listening.close()
+        raise DeviceError(f"cannot listen on {host!r}: {error}") from error
+    return listening
+
+
+def _listen_unix(path: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind("\0" + path[1:])
+        listening.listen(MAX_PENDING)
+        listening.setblocking(False)
+    except OSError as error:
+        listening.close()
+        raise DeviceError(f"cannot listen on a Unix socket: {error}") from error
+    return listening
+
+
+def _check_same_user(connected: socket.socket) -> None:
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    if uid != os.geteuid():
+        raise ProtocolError(f"the peer is user {uid}, expected {os.geteuid()}, our own")
+
+
+def _rest(ends_at: float, where: Address) -> float:
+    rest = ends_at - time.monotonic()
+    if rest <= 0:
+        raise DeadlineError(f"{where} did not finish the handshake in time")
+    return rest
+
+
+@contextlib.contextmanager
+def _reaching(where: Address, ends_at: float) -> Iterator[None]:
+    """Our errors instead of the socket module's."""
+    try:
+        yield
+    except TimeoutError as error:
+        if isinstance(error, PipeliveError):
+            raise
+        raise DeadlineError(f"{where} did not answer in time") from error
+    except (ConnectionResetError, BrokenPipeError) as error:
+        raise ClosedError(f"{where} hung up in the handshake: {error}") from error
+    except OSError as error:
+        if isinstance(error, PipeliveError):
+            raise
+        raise DeviceError(f"cannot reach {where}: {error}") from error
