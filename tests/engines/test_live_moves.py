@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from pipelive_kv.coordinator import MigrationOptions
+from pipelive_kv.demo.corrupt import zero_moved_layer
 from pipelive_kv.engines.reference import Engine, EngineConfig, EngineFailedError, Request
 from pipelive_kv.errors import InvalidArgumentError, PipeliveError
 from pipelive_kv.placement import Placement
@@ -105,6 +106,15 @@ def test_tokens_are_the_same(tiny, still, family, settings, options):
     assert {step.epoch for step in mover.steps if step.rows} >= {0, 1, 2}
 
 
+def test_lost_kv_is_noticed(tiny, still):
+    """The comparison of tokens finds a moved layer without its KV."""
+    path = tiny("qwen3")
+    with Engine(config(path, [3, 3], wrap_hooks=zero_moved_layer)) as engine:
+        mover = Mover(engine, [[5, 1]])
+        assert serve(engine, mover) != still(path)
+        mover.jobs[0].wait(1)
+
+
 def test_three_stages_swap(tiny, still):
     path = tiny("qwen3")
     with Engine(config(path, [2, 2, 2])) as engine:
@@ -120,13 +130,15 @@ def test_capacity_shrinks_blocks_move_and_it_grows_again(tiny, still):
     remaps = []
     with Engine(config(path, [3, 3], budget="1400KiB", max_blocks=100, max_batch=4)) as engine:
         engine.scheduler.on_remap(remaps.append)
-        # A long text in high ids; the others below it end first.
-        first = [Request(request.prompt, 4, stop_at_eos=False) for request in REQUESTS]
-        mover = Mover(engine, [[5, 1], [3, 3]], first_step=16)
-        serve(engine, mover, first + REQUESTS[:2])
+        # Two long prompts take the low ids and end; what came after them goes on in higher ones.
+        first = [Request((9,) * 200, 4, stop_at_eos=False) for _ in range(2)]
+        mover = Mover(engine, [[5, 1], [3, 3]], first_step=76)
+        high = serve(engine, mover, first + REQUESTS[:2])
         tokens = serve(engine, Mover(engine, []), REQUESTS)
         reports = [job.wait(1) for job in mover.jobs]
+    assert high[2:] == still(path)[:2]
     assert tokens == still(path)
+    assert sum(len(moves) for moves in remaps) == reports[0].blocks_moved > 0
     assert reports[0].capacity_during < reports[0].capacity_before == 100
     assert reports[1].capacity_after == 100
 

@@ -229,6 +229,11 @@ class Engine:
 
     # -- the loop ------------------------------------------------------------------------------
 
+    def _running(self) -> StageProcesses:
+        if self._stages is None or self._closed:
+            raise ClosedError("the engine is closed")
+        return self._stages
+
     def _take_submitted(self) -> None:
         with self._lock:
             new, self._submitted = self._submitted, []
@@ -238,8 +243,7 @@ class Engine:
 
     def _issue(self) -> None:
         """Send out steps until the next one's lane is busy or there is nothing to do."""
-        scheduler, stages = self.scheduler, self._stages
-        assert stages is not None
+        scheduler, stages = self.scheduler, self._running()
         while not self._batcher.is_busy(scheduler.next_seq):
             if self._batcher.is_idle and not scheduler.wants_step:
                 return
@@ -269,8 +273,7 @@ class Engine:
             self._done.put((done.seq, now))
 
     def _wait(self, on_token: OnToken | None, on_step: OnStep | None) -> None:
-        stages = self._stages
-        assert stages is not None
+        stages = self._running()
         try:
             event = self._done.get(timeout=0.05 if self._issued else 0.005)
         except queue.Empty:
