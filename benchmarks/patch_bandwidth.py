@@ -184,7 +184,6 @@ def evaluate(found: dict[Case, list[float]], limits: dict[str, list[float]]) -> 
             *Spread.of(rates).cells(1e-9), number(share),
         ])  # fmt: skip
         if case.transport == "shm":
-            wanted = case.pattern == "contiguous" and case.checksum
             plain = case.pattern == "contiguous"
             result.figures.append(Figure(
                 f"patch bandwidth over shared memory, {pattern}, checksum "
@@ -192,8 +191,7 @@ def evaluate(found: dict[Case, list[float]], limits: dict[str, list[float]]) -> 
                 share, "", "at least 0.7" if plain else "",
                 f"{limit}: {number(most.p50 / 1e9)} GB/s each",
                 share >= 0.7 if plain else None,
-                f"{number(rate.p50 / 1e9)} GB/s, best {number(rate.max / 1e9)}"
-                + ("" if wanted or plain else ""),
+                f"{number(rate.p50 / 1e9)} GB/s, best {number(rate.max / 1e9)}, n = {rate.count}",
             ))  # fmt: skip
     result.tables.append(Table(
         "Patches, GB/s of KV", ("transport", "ranges", "checksum", *SPREAD_HEAD, "share of limit"),
