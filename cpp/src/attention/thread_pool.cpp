@@ -76,7 +76,9 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool() : state_(std::make_unique<State>()) {}
 
-ThreadPool::~ThreadPool() { stop(); }
+ThreadPool::~ThreadPool() {
+  stop();
+}
 
 void ThreadPool::stop() {
   const std::scoped_lock running(state_->one_job);

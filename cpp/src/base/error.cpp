@@ -36,8 +36,8 @@ std::string_view to_string(ErrorCode code) noexcept {
 void throw_errno(std::string_view call, int error_number) {
   const bool memory = error_number == ENOMEM || error_number == ENOSPC;
   throw Error(memory ? ErrorCode::out_of_memory : ErrorCode::device,
-              std::string(call) + ": " + std::generic_category().message(error_number) + " (errno " +
-                  std::to_string(error_number) + ")");
+              std::string(call) + ": " + std::generic_category().message(error_number) +
+                  " (errno " + std::to_string(error_number) + ")");
 }
 
 }  // namespace pipelive

@@ -6,7 +6,9 @@
 
 namespace pipelive {
 
-std::size_t size_of(DType dtype) noexcept { return dtype == DType::float32 ? 4 : 2; }
+std::size_t size_of(DType dtype) noexcept {
+  return dtype == DType::float32 ? 4 : 2;
+}
 
 std::string_view to_string(DType dtype) noexcept {
   switch (dtype) {
@@ -23,9 +25,9 @@ std::string_view to_string(DType dtype) noexcept {
 void KVSpec::validate() const {
   const auto check = [](const char* name, std::uint32_t value, std::uint32_t most) {
     if (value < 1 || value > most) {
-      throw Error(ErrorCode::invalid_argument,
-                  std::string("KVSpec.") + name + " is " + std::to_string(value) +
-                      ", expected 1 to " + std::to_string(most));
+      throw Error(ErrorCode::invalid_argument, std::string("KVSpec.") + name + " is " +
+                                                   std::to_string(value) + ", expected 1 to " +
+                                                   std::to_string(most));
     }
   };
   check("num_kv_heads", num_kv_heads, 1024);
@@ -49,9 +51,9 @@ BlockLayout KVSpec::layout() const {
   layout.fragment_offsets.reserve(std::size_t{2} * num_kv_heads);
   for (std::size_t head = 0; head < num_kv_heads; ++head) {
     for (std::size_t kv = 0; kv < 2; ++kv) {
-      layout.fragment_offsets.push_back(
-          hnd ? (head * 2 + kv) * block_size * head_bytes
-              : kv * block_size * num_kv_heads * head_bytes + head * head_bytes);
+      layout.fragment_offsets.push_back(hnd ? (head * 2 + kv) * block_size * head_bytes
+                                            : kv * block_size * num_kv_heads * head_bytes +
+                                                  head * head_bytes);
     }
   }
   return layout;

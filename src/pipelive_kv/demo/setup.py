@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pipelive_kv.demo.options import DemoOptions, OptionError
 from pipelive_kv.demo.prompts import prompt_tokens
@@ -21,7 +22,7 @@ LANES = 2
 BLOCK_SIZE = 16
 CHUNK = 64
 PAGE_BYTES = 2 << 20
-DTYPE = "float32"
+DTYPE: Final = "float32"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-/// Throws Error(device) for a failed system call: "mmap(2097152 bytes): Cannot allocate memory (12)".
+/// Throws Error(device) for a failed system call: "mmap(2097152 bytes): Cannot allocate memory
+/// (12)".
 [[noreturn]] void throw_errno(std::string_view call, int error_number);
 
 }  // namespace pipelive

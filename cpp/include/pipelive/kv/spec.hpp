@@ -25,10 +25,10 @@ enum class BlockOrder : std::uint8_t {
 /// order of the fragments is canonical (head-major, K before V) whatever the memory order, so it is
 /// what the two ends of a transfer share. A latent cache (MLA) is one fragment.
 struct BlockLayout {
-  std::uint32_t block_size = 0;       ///< tokens per block
-  std::size_t block_bytes = 0;        ///< bytes of one layer's block
-  std::size_t fragment_bytes = 0;     ///< contiguous bytes of one token in one fragment
-  std::size_t token_stride = 0;       ///< bytes from one token to the next inside a fragment
+  std::uint32_t block_size = 0;    ///< tokens per block
+  std::size_t block_bytes = 0;     ///< bytes of one layer's block
+  std::size_t fragment_bytes = 0;  ///< contiguous bytes of one token in one fragment
+  std::size_t token_stride = 0;    ///< bytes from one token to the next inside a fragment
   std::vector<std::size_t> fragment_offsets;
 
   /// Bytes of one token's whole state in one layer, as it travels.
