@@ -64,8 +64,13 @@ class BlockOwner(Protocol):
     def plan_shrink(self, capacity: int) -> dict[int, int]:
         """The moves {old: new} that empty the ids from ``capacity`` on."""
 
-    def apply_shrink(self, capacity: int, moves: dict[int, int]) -> None:
-        """Carry out what :meth:`plan_shrink` planned."""
+    def apply_shrink(
+        self, capacity: int, moves: dict[int, int], after_seq: int | None = None
+    ) -> None:
+        """Carry out what was planned; the old ids are free once step ``after_seq`` has retired."""
+
+    def cancel_shrink(self) -> None:
+        """Forget what was planned; without a plan nothing happens."""
 
 
 @dataclass
@@ -234,9 +239,7 @@ class Scheduler:
     def freed(self, ids: Iterable[int]) -> None:
         """Give block ids back; they are reused once the steps stamped so far have retired."""
         with self._lock:
-            last = self._state.next_seq - 1
-            after = last if last > self._state.retired else None
-            self._allocator.release(list(ids), after)
+            self._allocator.release(list(ids), self._after_seq())
 
     def close(self) -> None:
         """Leave the control plane. May be called twice."""
@@ -260,22 +263,25 @@ class Scheduler:
             self._lock.wait(rest)
         state.hold_s += time.monotonic() - start
 
+    def _after_seq(self) -> int | None:
+        """The last step that may still use ids freed now; None where no step is under way."""
+        last = self._state.next_seq - 1
+        return last if last > self._state.retired else None
+
     def _try_shrink(self) -> None:
         state, request = self._state, self._state.shrink
         if request is None:
             return
         try:
-            moves = self._allocator.plan_shrink(request.capacity)
             for refuse in state.capacity:
                 refuse(request.capacity)
-            self._allocator.apply_shrink(request.capacity, moves)
-        except BusyError as error:
-            # Freed ids are still in quarantine: the next step may find them retired.
-            if time.monotonic() >= request.ends_at:
-                self._end_shrink(error)
-            return
+            moves = self._allocator.plan_shrink(request.capacity)
+            self._allocator.apply_shrink(request.capacity, moves, self._after_seq())
         except PipeliveError as error:
-            self._end_shrink(error)
+            self._allocator.cancel_shrink()
+            # Freed ids may still be in quarantine; the next step may find them retired.
+            if not isinstance(error, BusyError) or time.monotonic() >= request.ends_at:
+                self._end_shrink(error)
             return
         for remap in state.remap:
             if moves:

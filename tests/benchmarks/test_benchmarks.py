@@ -1,0 +1,67 @@
+"""Every benchmark runs, with little to do, and says what it should; its figures are not judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+TINY = {
+    "stop_time": "--model tiny --moves 1 --warm 1 --batch 2 --baseline 12 --tokens 32 --settle 2",
+    "synthetic_move": "--mib 2 --moves 1 --sequences 4 --baseline 8 --step-ms 2 --transports shm",
+    "patch_bandwidth": "--mib 4 --rounds 2 --transports shm tcp",
+    "tpot_cost": "--model tiny --caps 100 --repetitions 1 --steps 6 --settle 2 --batch 2"
+    " --tokens 32",
+    "utilisation": "--traces churn-7 --blocks 64 --ticks 40 --stacks 1 4",
+}
+NEEDS_MODEL = {"stop_time", "tpot_cost"}
+
+
+def run(*words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_runs_and_reports(name, tmp_path):
+    if name in NEEDS_MODEL:
+        pytest.importorskip("transformers")
+    out = tmp_path / f"{name}.json"
+    printed = run(BENCHMARKS / f"{name}.py", *TINY[name].split(), "--out", out)
+    document = json.loads(out.read_text())
+    assert document["benchmark"] == name
+    assert document["machine"]["cores"] >= 1
+    assert document["arguments"]["seed"] == 7
+    assert document["figures"]
+    assert all(figure["value"] is not None for figure in document["figures"])
+    assert printed.count("|---|") >= 1 + len(document["tables"])
+
+
+def test_moves_are_checked_and_counted(tmp_path):
+    out = tmp_path / "move.json"
+    words = TINY["synthetic_move"].replace("--transports shm", "--transports tcp").split()
+    run(BENCHMARKS / "synthetic_move.py", *words, "--out", out)
+    [(name, case)] = json.loads(out.read_text())["data"].items()
+    assert name == f"{2 << 20}/tcp"
+    assert [len(case["stops"][kind]) for kind in ("live", "stop_and_copy", "no-op")] == [1, 1, 2]
+
+
+def test_page_is_made_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "cpu"
+    words = TINY["utilisation"].split()
+    png = folder / "utilisation.png"
+    run(BENCHMARKS / "utilisation.py", *words, "--out", folder / "utilisation.json", "--png", png)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    run(BENCHMARKS / "run_all.py", "--render", "--out", tmp_path)
+    page = (tmp_path / "cpu.md").read_text()
+    assert "## Wanted and measured" in page
+    assert "## Memory utilisation" in page
+    assert "(cpu/utilisation.png)" in page
+    assert str(tmp_path) not in page
