@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _demo(parsed)
 
 
+class _Version(argparse.Action):
+    """Asks the library for its version only where somebody wants to know."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"pipelive-kv {build_info().version}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     from pipelive_kv.demo.options import add_arguments  # noqa: PLC0415
 
@@ -44,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pipelive-kv",
         description="KV-cache and live layer migration runtime for pipeline-parallel LLM serving.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"pipelive-kv {build_info().version}"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="show how the library was built")
     demo = commands.add_parser(

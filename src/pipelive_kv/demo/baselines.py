@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ def _restart(run: ScriptedRun, engine: Engine, setup: Setup, view: View) -> Rest
         if len(tokens[number]) < request.max_new_tokens
     ]
     engine.close()
-    with Engine(setup.config_with(new)) as fresh:
+    # A process that is started anew imports everything anew; a fork server would hide that.
+    with Engine(dataclasses.replace(setup.config_with(new), start_method="spawn")) as fresh:
         ready = time.monotonic()
         again = ScriptedRun(fresh, view)
         lengths = 0
