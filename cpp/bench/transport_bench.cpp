@@ -97,6 +97,38 @@ void BM_Limits(benchmark::State& state) {
 }
 BENCHMARK(BM_Limits)->ArgName("run")->Arg(0)->Arg(128)->Arg(256)->Arg(768)->Iterations(1);
 
+// The same limits in processor time, for machines with other things to do.
+void BM_Memcpy(benchmark::State& state) {
+  std::vector<std::byte> out(kPackedBytes, std::byte{1});
+  std::size_t at = 0;
+  for (auto _ : state) {
+    std::memcpy(out.data(), pool_memory().data() + at, kPackedBytes);
+    benchmark::ClobberMemory();
+    at = (at + kPackedBytes) % (kPoolBytes - kPackedBytes);
+  }
+  finish(state, kPackedBytes);
+}
+BENCHMARK(BM_Memcpy);
+
+void BM_RandomRuns(benchmark::State& state) {
+  const auto run = static_cast<std::size_t>(state.range(0));
+  std::mt19937_64 random(1);
+  std::vector<std::size_t> places(kPackedBytes / run);
+  for (std::size_t& place : places) place = random() % (kPoolBytes / run) * run;
+  std::sort(places.begin(), places.end());
+  std::vector<std::byte> out(kPackedBytes, std::byte{1});
+  for (auto _ : state) {
+    std::byte* target = out.data();
+    for (const std::size_t place : places) {
+      std::memcpy(target, pool_memory().data() + place, run);
+      target += run;
+    }
+    benchmark::ClobberMemory();
+  }
+  finish(state, places.size() * run);
+}
+BENCHMARK(BM_RandomRuns)->ArgName("run")->Arg(128)->Arg(256)->Arg(384)->Arg(768);
+
 double limit_of(const Workload& work, std::int64_t slots_in_a_row) {
   const bool whole = slots_in_a_row >= work.layout.block_size;
   if (whole) return copy_limit();

@@ -11,6 +11,7 @@ from pipelive_kv.coordinator import MigrationOptions
 from pipelive_kv.demo.corrupt import zero_moved_layer
 from pipelive_kv.engines.reference import Engine, EngineConfig, EngineFailedError, Request
 from pipelive_kv.errors import InvalidArgumentError, PipeliveError
+from pipelive_kv.models.smollm import smollm2
 from pipelive_kv.placement import Placement
 
 REQUESTS = [
@@ -188,3 +189,22 @@ def test_a_stage_killed_in_a_move_is_named(tiny, rank):
 
         with pytest.raises(EngineFailedError, match=f"stage {rank} died .*SIGKILL"):
             engine.run(on_step=on_step, until=lambda: False)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_moves_and_says_the_same():
+    try:
+        path = smollm2()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    text = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198)
+    requests = [Request(text[i:], 14, stop_at_eos=False) for i in range(2)]
+    shape = {"block_size": 16, "max_blocks": 32, "max_batch": 1, "page_bytes": 2 << 20}
+    with Engine(config(path, [24, 6], reconfigurable=False, **shape)) as engine:
+        expected = serve(engine, None, requests)
+    with Engine(config(path, [24, 6], **shape)) as engine:
+        mover = Mover(engine, [[21, 9], [24, 6]], first_step=4)
+        assert serve(engine, mover, requests) == expected
+        for job in mover.jobs:
+            job.wait(1)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -84,6 +85,11 @@ auto PatchSender::guarded(const char* phase, bool fatal_timeout, const Work& wor
     if (error.code() == ErrorCode::timeout && !fatal_timeout) throw;
     fail(Error(error.code(), "patches of epoch " + std::to_string(options_.epoch) + ", " + phase +
                                  ": " + error.what()));
+    check_failed();
+    throw;
+  } catch (const std::bad_alloc&) {
+    fail(Error(ErrorCode::out_of_memory, "patches of epoch " + std::to_string(options_.epoch) +
+                                             ", " + phase + ": no memory"));
     check_failed();
     throw;
   }

@@ -76,11 +76,6 @@ TcpChannel::TcpChannel(UniqueFd socket, TcpOptions options)
 }
 
 TcpChannel::~TcpChannel() {
-  if (local_.load() == Local::cancelled) {
-    // Closing resets the connection, so that the peer does not get what the kernel still holds.
-    const linger reset{1, 0};
-    static_cast<void>(setsockopt(socket_.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset));
-  }
   close();
 }
 
@@ -240,6 +235,13 @@ void TcpChannel::end(Local state) noexcept {
   }
   const std::uint64_t one = 1;
   static_cast<void>(!write(wakeup_.get(), &one, sizeof one));
+  if (state == Local::cancelled) {
+    // Resets a TCP connection, so that neither end's kernel sends what it still holds. A socket of
+    // another family refuses, and is only shut down.
+    sockaddr none{};
+    none.sa_family = AF_UNSPEC;
+    static_cast<void>(connect(socket_.get(), &none, sizeof none));
+  }
   shutdown(socket_.get(), SHUT_RDWR);
 }
 

@@ -28,7 +28,8 @@ struct ChannelStats {
 /// order), timeout (the deadline of the call passed, or the peer made no progress inside a
 /// message), closed (this end was closed, or the peer has gone), cancelled (this end was
 /// cancelled), protocol (the peer broke the rules). What a peer sent completely before it closed is
-/// still received; what it had sent before it *cancelled* is not.
+/// still received; of what it had sent before it *cancelled*, a shm channel delivers nothing more,
+/// and a tcp channel only what had arrived in this end's kernel.
 class Channel {
  public:
   Channel() = default;

@@ -7,8 +7,8 @@
 #include <memory>
 #include <mutex>
 
-#include "pipelive/transport/channel.hpp"
 #include "pipelive/device/unique_fd.hpp"
+#include "pipelive/transport/channel.hpp"
 
 namespace pipelive {
 

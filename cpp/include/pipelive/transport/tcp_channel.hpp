@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <memory>
 
-#include "pipelive/transport/channel.hpp"
 #include "pipelive/device/unique_fd.hpp"
+#include "pipelive/transport/channel.hpp"
 
 namespace pipelive {
 
