@@ -39,7 +39,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py demo bench lint format tsan asan cuda wheel-check clean
+.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,7 +60,7 @@ test-cpp: build  ## Run the C++ tests; CTEST_ARGS="-R name" chooses
 	@$(CTEST) --test-dir $(RELEASE)
 
 test-py: build  ## Run the Python tests; PYTEST_ARGS="-k name" chooses
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 demo: build  ## Run the demo; DEMO_ARGS passes arguments
 	@$(BIN)/pipelive-kv demo $(DEMO_ARGS)
@@ -70,6 +70,9 @@ bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
 	  -DPIPELIVE_BUILD_BENCH=ON -DPIPELIVE_CUDA=OFF
 	@$(COMPILE) build/bench -j $(JOBS)
 	@scripts/bench.sh build/bench $(BENCH_ARGS)
+
+figures: build  ## Measure what docs/benchmarks holds; wants a quiet machine and ten minutes
+	@$(BIN)/python benchmarks/run_all.py --full --out docs/benchmarks
 
 lint: setup  ## Check style and types: ruff, mypy, clang-format, layers, shell syntax
 	@$(BIN)/ruff check .
