@@ -196,9 +196,9 @@ void bind_slot_ranges(py::module_& m) {
   });
 }
 
-py::dict to_dict(const std::vector<BlockMove>& moves) {
+py::dict to_dict(const std::vector<IdMove>& moves) {
   py::dict result;
-  for (const BlockMove& move : moves) result[py::int_(move.from)] = move.to;
+  for (const IdMove& move : moves) result[py::int_(move.from)] = move.to;
   return result;
 }
 
@@ -232,7 +232,7 @@ void bind_block_allocator(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def("plan_shrink",
            [](BlockAllocator& self, std::int64_t capacity) {
-             std::vector<BlockMove> moves;
+             std::vector<IdMove> moves;
              {
                const py::gil_scoped_release released;
                moves = self.plan_shrink(capacity);
@@ -247,7 +247,7 @@ void bind_block_allocator(py::module_& m) {
       .def("apply_shrink",
            [](BlockAllocator& self, std::int64_t capacity, const py::dict& moves,
               std::optional<std::int64_t> after_seq) {
-             std::vector<BlockMove> list;
+             std::vector<IdMove> list;
              list.reserve(moves.size());
              for (const auto& [from, to] : moves) {
                list.push_back({from.cast<std::int64_t>(), to.cast<std::int64_t>()});

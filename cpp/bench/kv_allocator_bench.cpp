@@ -63,7 +63,7 @@ void shrink_to_half(benchmark::State& state) {
   BlockAllocator blocks(kBlocks, kBlocks);
   fragment(blocks);
   for (auto _ : state) {
-    const std::vector<BlockMove> moves = blocks.plan_shrink(kBlocks / 2 + 2);
+    const std::vector<IdMove> moves = blocks.plan_shrink(kBlocks / 2 + 2);
     benchmark::DoNotOptimize(moves.data());
     blocks.cancel_shrink();
   }

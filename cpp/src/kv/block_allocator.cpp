@@ -271,10 +271,10 @@ void BlockAllocator::raise_capacity(std::int64_t capacity) {
   }
 }
 
-std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
+std::vector<IdMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
   const std::lock_guard lock(mutex_);
   require_between("BlockAllocator.plan_shrink", "capacity", capacity, 1, capacity_);
-  std::vector<BlockMove> moves;
+  std::vector<IdMove> moves;
   std::int64_t quarantined_below = 0;
   std::int64_t free_below = 0;  // counting what an earlier plan withholds
   for (std::int64_t id = 0; id < capacity; ++id) {
@@ -293,7 +293,7 @@ std::vector<BlockMove> BlockAllocator::plan_shrink(std::int64_t capacity) {
                     " in quarantine below the new capacity do not fit a capacity of " +
                     std::to_string(capacity) + " blocks");
   }
-  std::vector<BlockMove> planned = moves;  // the last allocation: nothing fails from here on
+  std::vector<IdMove> planned = moves;  // the last allocation: nothing fails from here on
   drop_plan();
   for (std::size_t i = 0; i < planned.size(); ++i) {
     const std::uint64_t target = free_.lowest();
@@ -327,15 +327,15 @@ void BlockAllocator::require_quarantine_allows(std::int64_t capacity,
   }
 }
 
-void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const BlockMove> moves,
+void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const IdMove> moves,
                                   std::optional<std::int64_t> after_seq) {
   if (after_seq && *after_seq < 0) {
     refuse("BlockAllocator.apply_shrink: after_seq is " + std::to_string(*after_seq) +
            ", expected at least 0");
   }
-  std::vector<BlockMove> sorted(moves.begin(), moves.end());
+  std::vector<IdMove> sorted(moves.begin(), moves.end());
   std::sort(sorted.begin(), sorted.end(),
-            [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
+            [](const IdMove& a, const IdMove& b) { return a.from < b.from; });
   const std::lock_guard lock(mutex_);
   if (planned_capacity_ != capacity) {
     refuse("BlockAllocator.apply_shrink: capacity is " + std::to_string(capacity) + ", expected " +
@@ -345,7 +345,7 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const BlockMo
   if (sorted != planned_moves_) {
     const auto [given, planned] =
         std::mismatch(sorted.begin(), sorted.end(), planned_moves_.begin(), planned_moves_.end());
-    const auto text = [](const BlockMove& move) {
+    const auto text = [](const IdMove& move) {
       return std::to_string(move.from) + " -> " + std::to_string(move.to);
     };
     refuse("BlockAllocator.apply_shrink: moves has " +
@@ -364,7 +364,7 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const BlockMo
   capacity_ = capacity;
   planned_capacity_.reset();
   planned_moves_.clear();
-  for (const BlockMove& move : sorted) {
+  for (const IdMove& move : sorted) {
     Block& source = at(move.from);
     Block& target = at(move.to);
     if (source.state != State::live) {  // released since the plan was made
@@ -392,7 +392,7 @@ void BlockAllocator::drop_plan() noexcept {
   if (!planned_capacity_) return;
   const std::int64_t first = *planned_capacity_;
   planned_capacity_.reset();
-  for (const BlockMove& move : planned_moves_) set_free(move.to);
+  for (const IdMove& move : planned_moves_) set_free(move.to);
   planned_moves_.clear();
   for (std::int64_t id = first; id < capacity_; ++id) {
     if (at(id).state == State::withheld) set_free(id);

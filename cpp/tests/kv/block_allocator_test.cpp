@@ -19,7 +19,7 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using Ids = std::vector<std::int64_t>;
-using Moves = std::vector<BlockMove>;
+using Moves = std::vector<IdMove>;
 
 void expect_refused(const std::function<void()>& call, const std::string& text,
                     ErrorCode code = ErrorCode::invalid_argument) {
@@ -191,7 +191,7 @@ TEST(BlockAllocator, ShrinkMovesHighIdsToTheLowestFree) {
   blocks.share(Ids{9, 9});
   blocks.release(Ids{2, 4, 5, 8, 11});
   const Moves moves = blocks.plan_shrink(8);
-  EXPECT_THAT(moves, ElementsAre(BlockMove{9, 2}, BlockMove{10, 4}));
+  EXPECT_THAT(moves, ElementsAre(IdMove{9, 2}, IdMove{10, 4}));
   EXPECT_EQ(blocks.planned_capacity(), 8);
   EXPECT_EQ(blocks.capacity(), 12);
   EXPECT_EQ(blocks.num_free(), 1);  // 5; 8 and 11 are too high, 2 and 4 are targets
@@ -228,7 +228,7 @@ TEST(BlockAllocator, ShrinkIsRefusedWhereTheBlocksDoNotFit) {
   EXPECT_EQ(blocks.num_free(), 4);
   blocks.retire(1);
   EXPECT_THAT(blocks.plan_shrink(6),
-              ElementsAre(BlockMove{6, 2}, BlockMove{7, 3}, BlockMove{10, 4}, BlockMove{11, 5}));
+              ElementsAre(IdMove{6, 2}, IdMove{7, 3}, IdMove{10, 4}, IdMove{11, 5}));
 }
 
 TEST(BlockAllocator, ANewPlanReplacesTheOldOne) {
@@ -237,7 +237,7 @@ TEST(BlockAllocator, ANewPlanReplacesTheOldOne) {
   blocks.release(Ids{1, 2, 3, 4, 8});
   EXPECT_EQ(blocks.plan_shrink(8).size(), 3U);
   blocks.release(Ids{9});
-  EXPECT_THAT(blocks.plan_shrink(10), ElementsAre(BlockMove{10, 1}, BlockMove{11, 2}));
+  EXPECT_THAT(blocks.plan_shrink(10), ElementsAre(IdMove{10, 1}, IdMove{11, 2}));
   EXPECT_THAT(blocks.allocate(4), ElementsAre(3, 4, 8, 9));
   blocks.apply_shrink(10, Moves{{10, 1}, {11, 2}});
   EXPECT_EQ(blocks.num_live(), 10);
@@ -260,7 +260,7 @@ TEST(BlockAllocator, ABlockReleasedWhileAShrinkIsPlannedDoesNotMove) {
   (void)blocks.allocate(11);
   blocks.release(Ids{1, 2, 3});
   const Moves moves = blocks.plan_shrink(9);
-  EXPECT_THAT(moves, ElementsAre(BlockMove{9, 1}, BlockMove{10, 2}, BlockMove{11, 3}));
+  EXPECT_THAT(moves, ElementsAre(IdMove{9, 1}, IdMove{10, 2}, IdMove{11, 3}));
   blocks.release(Ids{10});
   EXPECT_EQ(blocks.num_free(), 0);
   blocks.release(Ids{11}, 4);

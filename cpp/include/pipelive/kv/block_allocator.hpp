@@ -13,10 +13,10 @@
 namespace pipelive {
 
 /// One block's new place in a shrink.
-struct BlockMove {
+struct IdMove {
   std::int64_t from = 0;
   std::int64_t to = 0;
-  friend bool operator==(const BlockMove&, const BlockMove&) = default;
+  friend bool operator==(const IdMove&, const IdMove&) = default;
 };
 
 /// The block ids of a pipeline: who holds which, and which may be handed out. Bookkeeping only; the
@@ -94,7 +94,7 @@ class BlockAllocator {
   /// ascending, move to the lowest free ids, ascending. Throws Error(over_budget), naming the
   /// counts, where the live ids do not fit beside those in quarantine below `capacity`.
   /// Replaces a plan made before; planning the same capacity again succeeds.
-  [[nodiscard]] std::vector<BlockMove> plan_shrink(std::int64_t capacity);
+  [[nodiscard]] std::vector<IdMove> plan_shrink(std::int64_t capacity);
 
   /// Carries the planned shrink out; `moves` must be the plan's, in any order. A target takes over
   /// the references of its source.
@@ -103,7 +103,7 @@ class BlockAllocator {
   /// `capacity` is in quarantine. With `after_seq`, the last step scheduled before the shrink: the
   /// ids moved away are in quarantine until that step has retired, and throws Error(busy) where a
   /// higher id waits for a later one. The caller unmaps the ids only when that step is complete.
-  void apply_shrink(std::int64_t capacity, std::span<const BlockMove> moves,
+  void apply_shrink(std::int64_t capacity, std::span<const IdMove> moves,
                     std::optional<std::int64_t> after_seq = std::nullopt);
 
   /// Drops the planned shrink; without one it does nothing.
@@ -158,7 +158,7 @@ class BlockAllocator {
   std::int64_t retired_through_ = -1;
   std::map<std::int64_t, std::uint32_t> quarantine_;  // step -> the first id of its list
   std::optional<std::int64_t> planned_capacity_;
-  std::vector<BlockMove> planned_moves_;
+  std::vector<IdMove> planned_moves_;
 };
 
 }  // namespace pipelive
