@@ -118,7 +118,9 @@ import sys
 
 from pipelive_kv.cli import main
 
-sys.exit(main())
+# Stage processes import this file again; only the first one is the command.
+if __name__ == "__main__":
+    sys.exit(main())
 SCRIPT
 chmod +x "$venv/bin/pipelive-kv"
 
