@@ -83,17 +83,13 @@ void PatchReceiver::run(Deadline deadline) {
 
 void PatchReceiver::receive_all(Deadline deadline) {
   wire::Message message;
-  const bool stage = channel_->peer_can_write_received();
+  std::vector<std::byte>* const copy = channel_->peer_can_write_received() ? &private_ : nullptr;
   for (bool more = true; more;) {
     const std::span<const std::byte> bytes = channel_->receive(deadline);
     const Stopwatch watch;
-    if (stage && staging_.size() < bytes.size()) staging_.resize(bytes.size());
-    wire::open_message(bytes, stage ? std::span<std::byte>(staging_) : std::span<std::byte>(),
-                       message);
-    // With a copy of its own the message needs the channel's buffer no more.
-    if (stage) channel_->release();
+    wire::open_message(bytes, copy, message);
     more = handle(message, deadline);
-    if (!stage) channel_->release();
+    channel_->release();
     const std::lock_guard lock(mutex_);
     stats_.messages += 1;
     stats_.busy_seconds += watch.seconds();

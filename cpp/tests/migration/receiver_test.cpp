@@ -202,7 +202,7 @@ TEST_P(BadRecords, AreRefusedAndTheSourceIsTold) {
   static_cast<void>(wire_end->receive(soon()));  // its hello
   wire_end->release();
   wire::Message message;
-  wire::open_message(wire_end->receive(soon()), {}, message);
+  wire::open_message(wire_end->receive(soon()), nullptr, message);
   EXPECT_EQ(message.header.kind, Kind::abort);
   const std::string reason(reinterpret_cast<const char*>(message.payload.data()),
                            message.payload.size());
