@@ -138,7 +138,7 @@ bool PatchReceiver::handle(const wire::Message& message, Deadline deadline) {
       take_region_end(message);
       return true;
     case wire::Kind::finish:
-      take_finish(deadline);
+      take_finish(message.header, deadline);
       return false;
     case wire::Kind::abort: {
       const std::string reason(reinterpret_cast<const char*>(message.payload.data()),
@@ -414,9 +414,12 @@ void PatchReceiver::take_region_end(const wire::Message& message) {
   changed_.notify_all();
 }
 
-void PatchReceiver::take_finish(Deadline deadline) {
-  if (ledger_.num_open() != 0) {
-    refuse(wire::Kind::finish, "not everything has come: " + ledger_.describe_open());
+void PatchReceiver::take_finish(const wire::Header& finish, Deadline deadline) {
+  if (finish.round != ledger_.num_completed() || ledger_.num_open() != 0) {
+    refuse(wire::Kind::finish, "not everything has come: it ends " + std::to_string(finish.round) +
+                                   " rounds, complete are " +
+                                   std::to_string(ledger_.num_completed()) + "; " +
+                                   ledger_.describe_open());
   }
   wire::Header head;
   head.kind = wire::Kind::finish;
