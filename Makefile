@@ -40,7 +40,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda wheel-check clean
+.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +107,9 @@ cuda: setup  ## Compile the CUDA part for all architectures (needs nvcc; build/c
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=ON
 	@$(COMPILE) build/cuda -j $(JOBS) --target cuda_tests
 	@$(CTEST) --test-dir build/cuda/cuda
+
+mutants: setup  ## Break one rule at a time and see a test fail; MUTANTS_ARGS="gate record" chooses
+	@$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
 
 wheel-check:  ## Install the package into a fresh environment, as a user would, and use it there
 	@scripts/wheel_check.sh
