@@ -50,6 +50,26 @@ TEST_F(ArenaTest, MapsAndUnmapsInPlace) {
   EXPECT_EQ(used(), 5 * kPage);
 }
 
+TEST_F(ArenaTest, WritesAndReadsMappedBytesOnly) {
+  Arena arena(pool_, 4 * kPage);
+  arena.map(kPage, 2 * kPage);
+  const auto bytes = testing::pattern(kPage + 7, 3);
+  arena.write(kPage + 5, bytes);
+  EXPECT_EQ(read(*host_, arena.base() + kPage + 5, bytes.size()), bytes);
+  std::vector<std::byte> back(bytes.size());
+  arena.read(kPage + 5, back);
+  EXPECT_EQ(back, bytes);
+  arena.write(0, {});
+  EXPECT_ERROR(not_resident, "write: not all of the 2 bytes",
+               arena.write(kPage - 1, {back.data(), 2}));
+  EXPECT_ERROR(not_resident, "read: not all of the 2 bytes",
+               arena.read(3 * kPage - 1, {back.data(), 2}));
+  EXPECT_ERROR(not_resident, "write", arena.write(~std::size_t{0}, {back.data(), 2}));
+  EXPECT_EQ(back, bytes);
+  arena.close();
+  EXPECT_ERROR(closed, "", arena.write(kPage, bytes));
+}
+
 TEST_F(ArenaTest, RefusesWrongRanges) {
   EXPECT_ERROR(invalid_argument, "reserve_bytes is 0", Arena(pool_, 0));
   Arena arena(pool_, 8 * kPage);
