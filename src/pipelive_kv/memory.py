@@ -233,7 +233,7 @@ class Arena:
         return self._core.tensor(whole(offset, "offset"), lengths, dtype)
 
     def write(self, offset: int, source: Any) -> None:
-        """Copy a contiguous tensor or buffer in host memory to mapped bytes; waits until it is done.
+        """Copy a contiguous tensor or buffer in host memory to mapped bytes, and wait for it.
 
         Raises NotResidentError where not all of the range is mapped; nothing is written then.
         """
