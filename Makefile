@@ -94,7 +94,7 @@ tsan: setup  ## Run the C++ tests under ThreadSanitizer (build/tsan)
 	@$(CONFIGURE) -B build/tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=thread
 	@setarch -R $(COMPILE) build/tsan -j $(JOBS)
-	@TSAN_OPTIONS=halt_on_error=1 setarch -R $(CTEST) --test-dir build/tsan
+	@TSAN_OPTIONS="halt_on_error=1 suppressions=$(CURDIR)/cpp/tests/tsan.supp" setarch -R $(CTEST) --test-dir build/tsan
 
 asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitizers (build/asan)
 	@$(CONFIGURE) -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \

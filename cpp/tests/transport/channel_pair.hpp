@@ -61,8 +61,15 @@ struct ChannelPair {
   std::shared_ptr<Channel> b;
 };
 
+/// For tests that are not about slow peers: under a sanitizer, on a busy machine, all are slow.
+inline TcpOptions patient() {
+  TcpOptions options;
+  options.progress_window = std::chrono::seconds(120);
+  return options;
+}
+
 inline ChannelPair make_channels(ChannelKind kind, std::size_t ring_bytes = std::size_t{1} << 20,
-                                 const TcpOptions& options = {}) {
+                                 const TcpOptions& options = patient()) {
   if (kind == ChannelKind::tcp) {
     SocketPair sockets = tcp_pair();
     return {std::make_shared<TcpChannel>(std::move(sockets.a), options),
@@ -76,7 +83,7 @@ inline ChannelPair make_channels(ChannelKind kind, std::size_t ring_bytes = std:
 }
 
 inline Deadline soon() {
-  return Deadline::after(std::chrono::seconds(20));
+  return Deadline::after(std::chrono::seconds(120));
 }
 inline Deadline shortly() {
   return Deadline::after(std::chrono::milliseconds(30));
