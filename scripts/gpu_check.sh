@@ -98,8 +98,14 @@ if wanted sanitizer; then
   done
 fi
 if wanted demo; then
-  run demo 90 bash -c 'py -m pipelive_kv.cli demo --device cuda --quick --model random-smollm2 \
-    --out "$out/demo"'
+  # The shape of SmolLM2-135M with random weights: the real one is too large to bring along.
+  run demo 90 bash -c '
+    py -c "
+from pipelive_kv.models.tiny import tiny_model
+tiny_model(\"llama\", \"build/gpu-model\", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+           num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+           max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.05)" &&
+    py -m pipelive_kv.cli demo --device cuda --model build/gpu-model/llama --out "$out/demo"'
 fi
 if wanted bench; then
   for file in benchmarks/gpu/*_bench.py; do

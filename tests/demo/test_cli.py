@@ -29,7 +29,7 @@ def test_help_names_every_option(capsys):
     assert main(["demo", "--help"]) == 0
     shown = capsys.readouterr().out
     for option in ("--stages", "--from", "--to", "--requests", "--new-tokens", "--model",
-                   "--transport", "--json", "--quick", "--out", "--corrupt"):  # fmt: skip
+                   "--transport", "--device", "--json", "--quick", "--out", "--corrupt"):  # fmt: skip
         assert option in shown
 
 
