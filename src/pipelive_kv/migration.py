@@ -24,7 +24,8 @@ __all__ = [
     "StopPredictor",
 ]
 
-MAX_MESSAGE_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = 1 << 20
+"""A core's cache holds it: the target checks a message and then reads it again to scatter it."""
 
 Ranges: TypeAlias = "npt.NDArray[np.uint64]"
 """Slot ranges as uint64 [n, 2]: the first slot and the number of slots."""

@@ -40,7 +40,7 @@ class PatchSender {
  public:
   struct Options {
     std::uint64_t epoch = 0;
-    std::size_t max_message_bytes = std::size_t{4} << 20;
+    std::size_t max_message_bytes = std::size_t{1} << 20;  ///< best where a core's cache holds it
     double rate_limit = 0.0;  ///< bytes per second; 0 for none
     bool checksum = true;
   };
