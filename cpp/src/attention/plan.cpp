@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kSplitLen = 512;
 constexpr std::int64_t kMostSplits = 32;
 // Rows that share one reading of K and V where a sequence has many.
-constexpr std::int64_t kTileRows = 32;
+constexpr std::int64_t kTileRows = 64;
 
 void require(bool ok, const char* name, const std::string& value, const std::string& expected) {
   if (!ok) refuse(name, value, expected);
@@ -175,12 +175,15 @@ Plan make_plan(const AttentionArgs& args) {
       tile.kv_begin = std::max<std::int64_t>(0, at - window + 1);
       tile.kv_end = position + (end - 1) / plan.group + 1;
       plan.kv_bytes += tile.kv_end - tile.kv_begin;
+      plan.products += tile.rows * (tile.kv_end - tile.kv_begin);
       plan.tiles.push_back(tile);
       row = end;
     }
   }
   for (std::int64_t t = next_token; t < tokens; ++t) plan.zero_tokens.push_back(t);
-  plan.kv_bytes *= 2 * args.kv.head_dim * static_cast<std::int64_t>(size_of(args.kv.dtype));
+  plan.kv_bytes *=
+      2 * args.kv.kv_heads * args.kv.head_dim * static_cast<std::int64_t>(size_of(args.kv.dtype));
+  plan.products *= args.kv.kv_heads * args.kv.head_dim;
   std::ranges::stable_sort(plan.tiles, std::ranges::greater{}, [](const RowTile& tile) {
     return tile.rows * (tile.kv_end - tile.kv_begin);
   });
