@@ -10,8 +10,6 @@
 namespace pipelive::cuda {
 namespace {
 
-constexpr Result kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
-
 std::string loader_message() {
   const char* message = dlerror();
   return message != nullptr ? message : "the loader gave no reason";
@@ -30,14 +28,18 @@ std::shared_ptr<const Driver> Driver::open(const std::string& library) {
   if (driver->library_ == nullptr) {
     throw Error(ErrorCode::device, "the CUDA driver library cannot be opened: " + loader_message());
   }
-#define PIPELIVE_CUDA_LOAD(member, symbol, parameters)                                   \
-  driver->api_.member =                                                                  \
-      reinterpret_cast<Result(*) parameters>(dlsym(driver->library_.get(), symbol));     \
-  if (driver->api_.member == nullptr) {                                                  \
-    throw Error(ErrorCode::device,                                                       \
-                library + " lacks " symbol "; a driver for CUDA 12 or later is needed"); \
+#define PIPELIVE_CUDA_LOAD(member, symbol, parameters) \
+  driver->api_.member =                                \
+      reinterpret_cast<Result(*) parameters>(dlsym(driver->library_.get(), #symbol));
+#define PIPELIVE_CUDA_LOAD_REQUIRED(member, symbol, parameters)                           \
+  PIPELIVE_CUDA_LOAD(member, symbol, parameters)                                          \
+  if (driver->api_.member == nullptr) {                                                   \
+    throw Error(ErrorCode::device,                                                        \
+                library + " lacks " #symbol "; a driver for CUDA 12 or later is needed"); \
   }
-  PIPELIVE_CUDA_DRIVER_FUNCTIONS(PIPELIVE_CUDA_LOAD)
+  PIPELIVE_CUDA_DRIVER_FUNCTIONS(PIPELIVE_CUDA_LOAD_REQUIRED)
+  PIPELIVE_CUDA_OPTIONAL_DRIVER_FUNCTIONS(PIPELIVE_CUDA_LOAD)
+#undef PIPELIVE_CUDA_LOAD_REQUIRED
 #undef PIPELIVE_CUDA_LOAD
 
   driver->check(driver->api_.init(0), "cuInit");
