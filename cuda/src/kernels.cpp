@@ -1,0 +1,91 @@
+#include "pipelive/cuda/kernels.hpp"
+
+#include <utility>
+
+#include "pipelive/base/error.hpp"
+#include "pipelive/cuda/nvrtc.hpp"
+
+namespace pipelive::cuda {
+namespace {
+
+// What a kernel may use without asking.
+constexpr unsigned kPlainSharedBytes = 48 << 10;
+
+DeviceLimits limits_of(const Driver& driver, int ordinal) {
+  const DriverApi& api = driver.api();
+  DeviceOrdinal device = 0;
+  driver.check(api.device_get(&device, ordinal), "cuDeviceGet");
+  const auto read = [&](DeviceAttribute attribute) {
+    int value = 0;
+    driver.check(api.device_get_attribute(&value, attribute, device), "cuDeviceGetAttribute");
+    return value;
+  };
+  DeviceLimits limits;
+  limits.major = read(DeviceAttribute::compute_capability_major);
+  limits.minor = read(DeviceAttribute::compute_capability_minor);
+  limits.multiprocessors = read(DeviceAttribute::multiprocessor_count);
+  limits.shared_bytes_per_block = read(DeviceAttribute::max_shared_memory_per_block_optin);
+  limits.shared_bytes_per_multiprocessor =
+      read(DeviceAttribute::max_shared_memory_per_multiprocessor);
+  return limits;
+}
+
+}  // namespace
+
+Kernels::Kernels(std::shared_ptr<const Driver> driver, int ordinal, ImageSource source)
+    : context_(std::make_unique<PrimaryContext>(std::move(driver), ordinal)),
+      source_(source ? std::move(source) : ImageSource(&kernel_image)),
+      limits_(limits_of(context_->driver(), ordinal)) {}
+
+Kernels::~Kernels() {
+  if (modules_.empty()) return;
+  try {
+    const ContextScope scope(*context_);
+    modules_.clear();
+  } catch (const Error&) {
+    // The driver is gone, and with it the modules.
+  }
+}
+
+Kernels& Kernels::of_device(int ordinal) {
+  static std::mutex mutex;
+  static auto& devices = *new std::map<int, std::unique_ptr<Kernels>>;
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<Kernels>& kernels = devices[ordinal];
+  if (kernels == nullptr) {
+    static const std::shared_ptr<const Driver> driver = Driver::open();
+    kernels = std::make_unique<Kernels>(driver, ordinal);
+  }
+  return *kernels;
+}
+
+FunctionHandle Kernels::function(const KernelFile& file, const std::string& kernel,
+                                 unsigned shared_bytes) {
+  const std::lock_guard lock(mutex_);
+  const auto known = functions_.find(kernel);
+  Function function;
+  if (known != functions_.end()) {
+    function = known->second;
+  } else {
+    std::string key = file.name;
+    for (const std::string& macro : file.macros) key += " " + macro;
+    auto module = modules_.find(key);
+    if (module == modules_.end()) {
+      const std::vector<std::byte> image = source_(file, limits_);
+      module = modules_.emplace(key, std::make_unique<Module>(driver(), image)).first;
+    }
+    function.handle = module->second->function(kernel);
+  }
+  if (shared_bytes > kPlainSharedBytes && shared_bytes > function.shared_bytes) {
+    driver().check(
+        driver().api().func_set_attribute(function.handle,
+                                          FunctionAttribute::max_dynamic_shared_bytes,
+                                          static_cast<int>(shared_bytes)),
+        "cuFuncSetAttribute(" + kernel + ", " + std::to_string(shared_bytes) + " bytes)");
+    function.shared_bytes = shared_bytes;
+  }
+  functions_[kernel] = function;
+  return function.handle;
+}
+
+}  // namespace pipelive::cuda
