@@ -57,6 +57,7 @@ class Block {
     if (!tile_of(p_, slot, &tile_)) return;
     const int position = tile_.sequence.len - tile_.sequence.count;
     bool loaded = false;
+#pragma unroll 1
     for (int row = tile_.row_begin; row < tile_.row_end;) {
       const Pass pass = pass_at(row, tile_.row_end, p_.group, position, p_.window);
       row = pass.row_end;
@@ -99,6 +100,7 @@ class Block {
                                    begin, end);
     const unsigned stages = shared_base() + static_cast<unsigned>(
                                                 warp_ * p_.stages * shared_.stage_bytes);
+#pragma unroll 1
     for (int stage = 0; stage < p_.stages - 1; ++stage) {
       loader.issue(stages + static_cast<unsigned>(stage * shared_.stage_bytes));
     }
@@ -120,22 +122,20 @@ class Block {
     const bool direct = is_direct(p_.runs, pass.num_splits);
     int fill = p_.stages - 1;
     int use = 0;
+#pragma unroll 1
     for (int split = first_split; split < last_split; ++split) {
       const int split_end = split == last_split - 1 ? end : (split + 1) * pass.split_len;
       math_.reset();
+#pragma unroll 1
       for (; tile * Math::kTokens < split_end; tile += kWarps) {
-        const unsigned to = stages + static_cast<unsigned>(fill * shared_.stage_bytes);
+        // Each lane waits for its own copies; the barrier makes them visible to the others, and
+        // says that the stage of the tile before may be written again.
+        if (p_.stages > 1) cp_async_wait(p_.stages - 2);
+        sync_warp();
+        loader.issue(stages + static_cast<unsigned>(fill * shared_.stage_bytes));
         if (p_.stages == 1) {
-          sync_warp();  // all lanes are done with the stage
-          loader.issue(to);
           cp_async_wait(0);
           sync_warp();
-        } else {
-          // Each lane waits for its own copies; the barrier makes them visible to the others, and
-          // says that the stage of the tile before may be written again.
-          cp_async_wait(p_.stages - 2);
-          sync_warp();
-          loader.issue(to);
         }
         math_.add_tile(stages + static_cast<unsigned>(use * shared_.stage_bytes),
                        tile * Math::kTokens, scores, row_end());
@@ -176,6 +176,7 @@ class Block {
       stat(kTotalMax)[r] = fold.max;
     }
     float* const part = shared_pointer<float>(shared_base() + static_cast<unsigned>(shared_.part));
+#pragma unroll 1
     for (int turn = 0; turn < kWarps; ++turn) {
       if (turn == warp_) {
         math_.store(part, shared_.stride, turn > 0, [this](int r) {
@@ -202,6 +203,7 @@ class Block {
     constexpr int kQuads = Math::kDim / 4;
     const int begin = pass.row_begin - tile_.row_begin;
     const int count = (pass.row_end - pass.row_begin) * kQuads;
+#pragma unroll 1
     for (int i = thread_; i < count; i += kThreads) {
       const int dim = i % kQuads * 4;
       if (dim < p_.head_dim) f(begin + i / kQuads, dim);

@@ -103,7 +103,7 @@ class ScalarMath {
 #pragma unroll
       for (int d = 0; d < kDims; ++d) {
         float* const to = part + r * stride + d * 32 + lane_;
-        *to = add ? fma_rn(f, acc_[r][d], *to) : mul_rn(f, acc_[r][d]);
+        *to = fma_rn(f, acc_[r][d], add ? *to : 0.0f);
       }
     }
   }

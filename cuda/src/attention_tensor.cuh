@@ -61,6 +61,7 @@ class TensorMath {
       }
     } else {
       query_address_ = shared_base() + static_cast<unsigned>(shared.query);
+#pragma unroll 1
       for (int i = thread_id(); i < kRows * kChunks; i += kThreads) {
         const int r = i / kChunks;
         const int chunk = i % kChunks;
@@ -155,7 +156,7 @@ class TensorMath {
           for (int half = 0; half < 2; ++half) {
             const int dim = d * 16 + half * 8;
             const float value = acc_[d][n][half * 2 + j];
-            to[dim] = add ? fma_rn(f, value, to[dim]) : mul_rn(f, value);
+            to[dim] = fma_rn(f, value, add ? to[dim] : 0.0f);
           }
         }
       }

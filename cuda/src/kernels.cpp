@@ -27,6 +27,7 @@ DeviceLimits limits_of(const Driver& driver, int ordinal) {
   limits.shared_bytes_per_block = read(DeviceAttribute::max_shared_memory_per_block_optin);
   limits.shared_bytes_per_multiprocessor =
       read(DeviceAttribute::max_shared_memory_per_multiprocessor);
+  limits.driver_version = driver.version();
   return limits;
 }
 
@@ -82,6 +83,11 @@ FunctionHandle Kernels::function(const KernelFile& file, const std::string& kern
                                           FunctionAttribute::max_dynamic_shared_bytes,
                                           static_cast<int>(shared_bytes)),
         "cuFuncSetAttribute(" + kernel + ", " + std::to_string(shared_bytes) + " bytes)");
+    // All of the multiprocessor's memory that can be: several blocks are to fit.
+    constexpr int kPercent = 100;
+    driver().check(driver().api().func_set_attribute(
+                       function.handle, FunctionAttribute::preferred_shared_carveout, kPercent),
+                   "cuFuncSetAttribute(" + kernel + ", carveout)");
     function.shared_bytes = shared_bytes;
   }
   functions_[kernel] = function;

@@ -29,7 +29,7 @@ struct Problem {
   bool one_token_each = false;  ///< no query_start
   int trailing_tokens = 0;      ///< query rows behind the last sequence
   unsigned seed = 1;
-  DeviceLimits limits{9, 0, 132, 232448, 233472};
+  DeviceLimits limits{9, 0, 132, 232448, 233472, 13000};
 };
 
 /// Numbers of any element type in memory aligned to 64 bytes.

@@ -158,8 +158,9 @@ struct SplitRange {
 };
 PIPELIVE_HD SplitRange run_of(int run, int runs, int num_splits) {
   SplitRange result;
-  result.begin = static_cast<int>(static_cast<long long>(run) * num_splits / runs);
-  result.end = static_cast<int>(static_cast<long long>(run + 1) * num_splits / runs);
+  // There are few of either.
+  result.begin = run * num_splits / runs;
+  result.end = (run + 1) * num_splits / runs;
   return result;
 }
 
@@ -170,7 +171,9 @@ PIPELIVE_HD bool is_direct(int runs, int num_splits) { return runs == 1 || num_s
 /// sequence `seq`, whose query begins at token `start`, has the slots from here on. No two sequences
 /// share one.
 PIPELIVE_HD int slot_of(int seq, int start, int group, int tile_rows) {
-  return static_cast<int>(static_cast<long long>(start) * group / tile_rows) + seq;
+  return static_cast<int>(static_cast<unsigned>(start) * static_cast<unsigned>(group) /
+                          static_cast<unsigned>(tile_rows)) +
+         seq;
 }
 /// How many slots cover `tokens` query tokens of `num_seqs` sequences.
 PIPELIVE_HD long long slots_for(int num_seqs, int tokens, int group, int tile_rows,

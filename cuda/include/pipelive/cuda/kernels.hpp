@@ -20,6 +20,7 @@ struct DeviceLimits {
   int multiprocessors = 0;
   int shared_bytes_per_block = 0;           ///< at most, if a kernel asks for it
   int shared_bytes_per_multiprocessor = 0;  ///< of all its blocks together
+  int driver_version = 0;                   ///< as Driver::version()
 };
 
 /// Kernels of one .cu file, as NVRTC is to compile them where the build carries none for a device:
