@@ -178,8 +178,10 @@ void append(const SlotKernels& kernels, const LayerView& layer, const TokenView&
   // For as long as the launch takes a resize waits for this; after it, for the stream.
   const Residency::Use use = layer.use();
   layer.check_resident_range(0, 1);
-  layer.blocks()->residency().note_stream(Stream{stream});
-  append(kernels, view, key, value, slots, num_slots, stream, marks);
+  const Stream user = stream == nullptr ? kDefaultStream : Stream{stream};
+  layer.blocks()->residency().note_stream(user);
+  append(kernels, view, key, value, slots, num_slots, static_cast<StreamHandle>(user.handle),
+         marks);
 }
 
 }  // namespace pipelive::cuda
