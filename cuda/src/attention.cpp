@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "pipelive/base/error.hpp"
+#include "pipelive/cuda/scope.hpp"
 
 namespace pipelive::cuda {
 namespace {
@@ -102,7 +103,6 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   if (args.table_width > std::numeric_limits<std::int32_t>::max()) {
     refuse("block_tables: width", std::to_string(args.table_width), "less than 2^31");
   }
-  if (kv.kv_heads > 65535) refuse("kv: kv_heads", std::to_string(kv.kv_heads), "1 to 65535");
 
   AttentionLaunch launch;
   Params& p = launch.params;
@@ -135,8 +135,8 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   p.map_length = static_cast<int>(
       std::min<std::size_t>(args.block_map.size(), std::numeric_limits<std::int32_t>::max()));
   // A window longer than any sequence is none.
-  p.window = args.window > std::numeric_limits<std::int32_t>::max() ? 0
-                                                                    : static_cast<int>(args.window);
+  p.window =
+      args.window > std::numeric_limits<std::int32_t>::max() ? 0 : static_cast<int>(args.window);
   constexpr double kLog2E = 1.4426950408889634;
   const bool cap = args.soft_cap > 0;
   p.score_scale = static_cast<float>(cap ? args.scale / args.soft_cap : args.scale * kLog2E);
@@ -146,8 +146,8 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
 
   // Tensor cores take 16-bit queries; a float32 query keeps its precision.
   const bool tensor = query.dtype != DType::float32;
-  const int dim = tensor ? instance_for(kv.head_dim, kTensorDims)
-                         : instance_for(kv.head_dim, kScalarDims);
+  const int dim =
+      tensor ? instance_for(kv.head_dim, kTensorDims) : instance_for(kv.head_dim, kScalarDims);
   p.tile_rows = 8;
   const std::int64_t per_seq = args.query_start == nullptr || args.num_seqs == 0
                                    ? p.group
@@ -157,10 +157,10 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   launch.shared_bytes = static_cast<unsigned>(
       attention::shared_of(tensor, dim, p.tile_rows, static_cast<int>(item), p.stages).bytes);
 
-  const std::int64_t slots = attention::slots_for(p.num_seqs, p.tokens, p.group, p.tile_rows,
-                                                  args.query_start == nullptr);
-  const std::int64_t splits = std::max(
-      1, attention::most_splits(static_cast<std::int64_t>(p.table_width) * p.block_size));
+  const std::int64_t slots =
+      attention::slots_for(p.num_seqs, p.tokens, p.group, p.tile_rows, args.query_start == nullptr);
+  const std::int64_t splits =
+      std::max(1, attention::most_splits(static_cast<std::int64_t>(p.table_width) * p.block_size));
   const std::int64_t in_window =
       p.window == 0 ? splits : std::min<std::int64_t>(splits, p.window / attention::kSplitLen + 2);
   const std::int64_t blocks = std::max<std::int64_t>(1, slots * kv.kv_heads);
@@ -169,7 +169,7 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   const std::int64_t workspace =
       splits * rows * (kv.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
   if (workspace > kMostWorkspace) runs = 1;
-  if (slots * runs > std::numeric_limits<std::int32_t>::max()) {
+  if (slots * runs * kv.kv_heads > std::numeric_limits<std::int32_t>::max()) {
     refuse("query: number of tokens", std::to_string(query.tokens), "fewer in one call");
   }
   p.slots = static_cast<int>(slots);
@@ -179,15 +179,14 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   const std::string dims = std::to_string(dim);
   const std::string q = short_name(query.dtype);
   launch.file = {"attention_" + q, {"PIPELIVE_HEAD_DIM=" + dims}};
-  launch.kernel = "pipelive_attention_" + q + (tensor ? "" : std::string("_") + short_name(kv.dtype)) +
-                  "_d" + dims + "_r" + std::to_string(p.tile_rows);
+  launch.kernel = "pipelive_attention_" + q +
+                  (tensor ? "" : std::string("_") + short_name(kv.dtype)) + "_d" + dims + "_r" +
+                  std::to_string(p.tile_rows);
   launch.finish_file = {"attention_finish", {}};
   launch.finish_kernel = "pipelive_attention_finish_" + q;
   if (query.tokens > 0) {
-    launch.finish_grid =
-        static_cast<unsigned>((rows + attention::kWarps - 1) / attention::kWarps);
-    launch.grid_x = static_cast<unsigned>(slots * runs);
-    launch.grid_y = static_cast<unsigned>(kv.kv_heads);
+    launch.finish_grid = static_cast<unsigned>((rows + attention::kWarps - 1) / attention::kWarps);
+    launch.grid = static_cast<unsigned>(slots * runs * kv.kv_heads);
   }
   return launch;
 }
@@ -208,24 +207,24 @@ void paged_attention(Kernels& kernels, const AttentionArgs& args, std::byte* wor
   Params& p = launch.params;
   if (p.runs > 1) {
     // Head dims are multiples of 8, so that the statistics behind them are aligned too.
-    const std::size_t rows = static_cast<std::size_t>(p.tokens) * static_cast<std::size_t>(p.q_heads);
-    const std::size_t splits = launch.workspace_bytes / sizeof(float) / rows /
-                               (static_cast<std::size_t>(p.head_dim) + 2);
+    const std::size_t rows =
+        static_cast<std::size_t>(p.tokens) * static_cast<std::size_t>(p.q_heads);
+    const std::size_t splits =
+        launch.workspace_bytes / sizeof(float) / rows / (static_cast<std::size_t>(p.head_dim) + 2);
     p.partial = reinterpret_cast<float*>(workspace);
     p.partial_stats = p.partial + splits * rows * static_cast<std::size_t>(p.head_dim);
   }
   const Driver& driver = kernels.driver();
-  const ContextScope scope(kernels.context());
+  const CallScope scope(*kernels.context());
   // Both are found before the first is launched: one alone would leave half a result.
   const FunctionHandle finish = kernels.function(launch.finish_file, launch.finish_kernel, 0);
   std::array<void*, 1> parameters{&p};
-  if (launch.grid_x > 0) {
-    const FunctionHandle attend =
-        kernels.function(launch.file, launch.kernel, launch.shared_bytes);
-    driver.check(driver.api().launch_kernel(attend, launch.grid_x, launch.grid_y, 1,
-                                            attention::kThreads, 1, 1, launch.shared_bytes, stream,
-                                            parameters.data(), nullptr),
-                 "cuLaunchKernel(" + launch.kernel + ")");
+  if (launch.grid > 0) {
+    const FunctionHandle attend = kernels.function(launch.file, launch.kernel, launch.shared_bytes);
+    driver.check(
+        driver.api().launch_kernel(attend, launch.grid, 1, 1, attention::kThreads, 1, 1,
+                                   launch.shared_bytes, stream, parameters.data(), nullptr),
+        "cuLaunchKernel(" + launch.kernel + ")");
   }
   driver.check(driver.api().launch_kernel(finish, launch.finish_grid, 1, 1, attention::kThreads, 1,
                                           1, 0, stream, parameters.data(), nullptr),
@@ -240,16 +239,17 @@ void check_tables(Kernels& kernels, const AttentionArgs& args, std::int64_t resi
   }
   if (report == nullptr) refuse("report", "a null pointer", "two 64-bit numbers of the device");
   if (args.num_seqs == 0) return;
-  auto limit = static_cast<int>(resident);
-  std::array<void*, 3> parameters{&launch.params, &limit, &report};
+  static_assert(sizeof(*report) == sizeof(unsigned long long));
+  attention::CheckParams check{launch.params, reinterpret_cast<unsigned long long*>(report),
+                               static_cast<int>(resident)};
+  std::array<void*, 1> parameters{&check};
   const Driver& driver = kernels.driver();
-  const ContextScope scope(kernels.context());
-  const FunctionHandle kernel =
-      kernels.function(launch.finish_file, "pipelive_attention_check", 0);
-  driver.check(driver.api().launch_kernel(kernel, static_cast<unsigned>(args.num_seqs), 1, 1,
-                                          attention::kThreads, 1, 1, 0, stream, parameters.data(),
-                                          nullptr),
-               "cuLaunchKernel(pipelive_attention_check)");
+  const CallScope scope(*kernels.context());
+  const FunctionHandle kernel = kernels.function(launch.finish_file, "pipelive_attention_check", 0);
+  driver.check(
+      driver.api().launch_kernel(kernel, static_cast<unsigned>(args.num_seqs), 1, 1,
+                                 attention::kThreads, 1, 1, 0, stream, parameters.data(), nullptr),
+      "cuLaunchKernel(pipelive_attention_check)");
 }
 
 }  // namespace pipelive::cuda

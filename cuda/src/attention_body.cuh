@@ -10,8 +10,8 @@ namespace pipelive::cuda::attention {
 /// Rounds four neighbouring elements of an output row to its type.
 PIPELIVE_DEVICE void store_four(float* to, const float (&v)[4], bool aligned) {
   if (aligned) {
-    *reinterpret_cast<Vector*>(to) = {bits_of_float(v[0]), bits_of_float(v[1]),
-                                      bits_of_float(v[2]), bits_of_float(v[3])};
+    *reinterpret_cast<Vector*>(to) = {bits_of_float(v[0]), bits_of_float(v[1]), bits_of_float(v[2]),
+                                      bits_of_float(v[3])};
   } else {
     for (int i = 0; i < 4; ++i) to[i] = v[i];
   }
@@ -48,11 +48,11 @@ class Block {
         shared_(shared_of(Math::kTensor, Math::kDim, Math::kRows, Math::kItemBytes, p.stages)),
         thread_(thread_id()),
         warp_(thread_id() / 32),
-        kv_head_(block_y()) {}
+        kv_head_(block_x() / (p.slots * p.runs)) {}
 
   PIPELIVE_DEVICE void run() {
     // Late tiles of a prompt attend to most: they go first.
-    const int slot = p_.slots - 1 - block_x() / p_.runs;
+    const int slot = p_.slots - 1 - block_x() % (p_.slots * p_.runs) / p_.runs;
     const int run = block_x() % p_.runs;
     if (!tile_of(p_, slot, &tile_)) return;
     const int position = tile_.sequence.len - tile_.sequence.count;
@@ -98,8 +98,8 @@ class Block {
     int tile = first_tile + (warp_ - first_tile % kWarps + kWarps) % kWarps;
     typename Math::KVLoader loader(p_, tile_.seq, kv_head_, p_.head_dim * Math::kItemBytes, tile,
                                    begin, end);
-    const unsigned stages = shared_base() + static_cast<unsigned>(
-                                                warp_ * p_.stages * shared_.stage_bytes);
+    const unsigned stages =
+        shared_base() + static_cast<unsigned>(warp_ * p_.stages * shared_.stage_bytes);
 #pragma unroll 1
     for (int stage = 0; stage < p_.stages - 1; ++stage) {
       loader.issue(stages + static_cast<unsigned>(stage * shared_.stage_bytes));
@@ -107,9 +107,8 @@ class Block {
     for (int r = thread_; r < Math::kRows; r += kThreads) {
       const int row = tile_.row_begin + r;
       const bool mine = row >= pass.row_begin && row < pass.row_end;
-      row_end()[r] = mine ? pass.first_position +
-                                (row / p_.group - pass.row_begin / p_.group) + 1
-                          : 0;
+      row_end()[r] =
+          mine ? pass.first_position + (row / p_.group - pass.row_begin / p_.group) + 1 : 0;
     }
     sync_block();
 
@@ -222,8 +221,8 @@ class Block {
     const float* const part =
         shared_pointer<float>(shared_base() + static_cast<unsigned>(shared_.part));
     for_quads(pass, [&](int r, int dim) {
-      const long long row = split * rows + static_cast<long long>(token_of(r)) * p_.q_heads +
-                            head_of(r);
+      const long long row =
+          split * rows + static_cast<long long>(token_of(r)) * p_.q_heads + head_of(r);
       const Vector* const from = reinterpret_cast<const Vector*>(part + r * shared_.stride + dim);
       *reinterpret_cast<Vector*>(p_.partial + row * p_.head_dim + dim) = *from;
       if (dim == 0) {
@@ -340,9 +339,9 @@ PIPELIVE_DEVICE void finish(const Params& p) {
         if (dim >= p.head_dim) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j) acc[d][j] = mul_rn(acc[d][j], scale);
-        store_four(static_cast<Out*>(p.out) + token * p.out_token_stride +
-                       head * p.out_head_stride + dim,
-                   acc[d], p.out_aligned);
+        store_four(
+            static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim,
+            acc[d], p.out_aligned);
       }
       if (lane == 0 && p.lse != nullptr) p.lse[row] = log_sum_exp(total_max, total_sum);
       return;
@@ -350,17 +349,19 @@ PIPELIVE_DEVICE void finish(const Params& p) {
   }
   const float v[4] = {fill, fill, fill, fill};
   for (int dim = lane * 4; dim < p.head_dim; dim += 128) {
-    store_four(static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride +
-                   dim,
-               v, p.out_aligned);
+    store_four(
+        static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim, v,
+        p.out_aligned);
   }
   if (lane == 0 && p.lse != nullptr) p.lse[row] = fill == 0.0f ? minus_infinity() : fill;
 }
 
 /// One block per sequence: counts the table entries that attention would look up and that name no
-/// block of [0, resident), and notes the first; a sequence whose numbers contradict each other counts
-/// as entry 2^32 - 1 of its row.
-PIPELIVE_DEVICE void check_tables(const Params& p, int resident, unsigned long long* report) {
+/// block of [0, resident), and notes the first; a sequence whose numbers contradict each other
+/// counts as entry 2^32 - 1 of its row.
+PIPELIVE_DEVICE void check_tables(const CheckParams& check) {
+  const Params& p = check.params;
+  unsigned long long* const report = check.report;
   const int seq = block_x();
   const Sequence s = read_sequence(p, seq);
   const unsigned long long row = static_cast<unsigned long long>(seq) << 32;
@@ -375,7 +376,7 @@ PIPELIVE_DEVICE void check_tables(const Params& p, int resident, unsigned long l
   for (int i = begin + thread_id(); i < end; i += kThreads) {
     int id = p.tables[seq * p.table_stride + i];
     if (p.block_map != nullptr) id = id >= 0 && id < p.map_length ? p.block_map[id] : -1;
-    if (id >= 0 && id < resident) continue;
+    if (id >= 0 && id < check.resident) continue;
     atomic_add(report, 1);
     atomic_min(report + 1, row | static_cast<unsigned>(i));
   }

@@ -1,9 +1,9 @@
 #pragma once
 
-// What the attention kernels need of the device, one function per instruction. A test gives the same
-// functions for the CPU (cuda/tests/attention_emulator.hpp), where the kernels' own source runs.
-// Shared memory is addressed in bytes of its own window, as the instructions do. No header of CUDA
-// is needed, so that NVRTC can compile the kernels anywhere.
+// What the attention kernels need of the device, one function per instruction. A test gives the
+// same functions for the CPU (cuda/tests/attention_emulator.hpp), where the kernels' own source
+// runs. Shared memory is addressed in bytes of its own window, as the instructions do. No header of
+// CUDA is needed, so that NVRTC can compile the kernels anywhere.
 
 #if defined(PIPELIVE_EMULATED)
 #include "attention_emulator.hpp"
@@ -23,9 +23,12 @@ struct Vector {
   unsigned x, y, z, w;
 };
 
-PIPELIVE_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
-PIPELIVE_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
-PIPELIVE_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+PIPELIVE_DEVICE int thread_id() {
+  return static_cast<int>(threadIdx.x);
+}
+PIPELIVE_DEVICE int block_x() {
+  return static_cast<int>(blockIdx.x);
+}
 
 /// The start of the dynamic shared memory.
 PIPELIVE_DEVICE unsigned shared_base() {
@@ -38,9 +41,15 @@ PIPELIVE_DEVICE T* shared_pointer(unsigned address) {
   return reinterpret_cast<T*>(memory + (address - shared_base()));
 }
 
-PIPELIVE_DEVICE void sync_block() { __syncthreads(); }
-PIPELIVE_DEVICE void sync_warp() { __syncwarp(); }
-PIPELIVE_DEVICE bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value) != 0; }
+PIPELIVE_DEVICE void sync_block() {
+  __syncthreads();
+}
+PIPELIVE_DEVICE void sync_warp() {
+  __syncwarp();
+}
+PIPELIVE_DEVICE bool any_in_warp(bool value) {
+  return __any_sync(0xffffffffu, value) != 0;
+}
 PIPELIVE_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -54,20 +63,36 @@ PIPELIVE_DEVICE long long shuffle(long long value, int lane) {
 }
 
 // One rounding each, whatever the compiler would like to contract.
-PIPELIVE_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-PIPELIVE_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
-PIPELIVE_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
-PIPELIVE_DEVICE float tanh_of(float x) { return tanhf(x); }
-PIPELIVE_DEVICE float log_of(float x) { return logf(x); }
-PIPELIVE_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
-PIPELIVE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+PIPELIVE_DEVICE float fma_rn(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+PIPELIVE_DEVICE float mul_rn(float a, float b) {
+  return __fmul_rn(a, b);
+}
+PIPELIVE_DEVICE float add_rn(float a, float b) {
+  return __fadd_rn(a, b);
+}
+PIPELIVE_DEVICE float tanh_of(float x) {
+  return tanhf(x);
+}
+PIPELIVE_DEVICE float log_of(float x) {
+  return logf(x);
+}
+PIPELIVE_DEVICE float not_a_number() {
+  return __int_as_float(0x7fffffff);
+}
+PIPELIVE_DEVICE float max_of(float a, float b) {
+  return fmaxf(a, b);
+}
 
 /// 16 bytes from global to shared memory, both aligned to 16; complete after a cp_async_wait.
 PIPELIVE_DEVICE void cp_async(unsigned shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 /// Ends a group of this thread's copies.
-PIPELIVE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+PIPELIVE_DEVICE void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 /// Waits until at most `pending` of this thread's newest groups are not complete.
 PIPELIVE_DEVICE void cp_async_wait(int pending) {
   switch (pending) {
@@ -158,9 +183,15 @@ PIPELIVE_DEVICE float widen(Float16 value) {
 PIPELIVE_DEVICE float widen(BFloat16 value) {
   return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
-PIPELIVE_DEVICE float widen(float value) { return value; }
-PIPELIVE_DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
-PIPELIVE_DEVICE unsigned bits_of_float(float value) { return __float_as_uint(value); }
+PIPELIVE_DEVICE float widen(float value) {
+  return value;
+}
+PIPELIVE_DEVICE float float_of_bits(unsigned bits) {
+  return __uint_as_float(bits);
+}
+PIPELIVE_DEVICE unsigned bits_of_float(float value) {
+  return __float_as_uint(value);
+}
 
 PIPELIVE_DEVICE void atomic_min(unsigned long long* address, unsigned long long value) {
   atomicMin(address, value);

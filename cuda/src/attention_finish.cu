@@ -14,10 +14,9 @@ PIPELIVE_FINISH(Float32, f32)
 PIPELIVE_FINISH(Float16, f16)
 PIPELIVE_FINISH(BFloat16, bf16)
 
-/// See check_tables: report[0] the number of bad entries, report[1] the smallest of
-/// seq << 32 | index, both set by the caller to 0 and all ones.
-extern "C" __global__ void pipelive_attention_check(
-    const __grid_constant__ pipelive::cuda::attention::Params p, int resident,
-    unsigned long long* report) {
-  pipelive::cuda::attention::check_tables(p, resident, report);
+extern "C" __global__ void __launch_bounds__(pipelive::cuda::attention::kThreads)
+    pipelive_attention_check(const __grid_constant__ pipelive::cuda::attention::CheckParams check) {
+  pipelive::cuda::attention::check_tables(check);
 }
+
+#undef PIPELIVE_FINISH

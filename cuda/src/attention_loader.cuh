@@ -43,8 +43,10 @@ class Loader {
       if (token >= begin_ && token < end_) {
         offset = kPoison;
         if (block_ >= 0 && block_ < p_.num_blocks) {
-          offset = block_ * p_.block_stride + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(p_.block_size)) *
-                       p_.token_stride;
+          offset =
+              block_ * p_.block_stride + static_cast<int>(static_cast<unsigned>(token) %
+                                                          static_cast<unsigned>(p_.block_size)) *
+                                             p_.token_stride;
         }
       }
 #pragma unroll

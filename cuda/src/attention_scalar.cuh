@@ -163,8 +163,8 @@ class ScalarMath {
       for (int d = 0; d < kDims; ++d) {
         const int dim = d * 32 + lane_;
         const int chunk = swizzle(dim / kPerChunk, t, kChunks);
-        value[d] = widen(*shared_pointer<T>(values + (t * kChunks + chunk) * 16 +
-                                            dim % kPerChunk * kItemBytes));
+        value[d] = widen(
+            *shared_pointer<T>(values + (t * kChunks + chunk) * 16 + dim % kPerChunk * kItemBytes));
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

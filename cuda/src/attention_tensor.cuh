@@ -26,9 +26,9 @@ struct Scores {
 };
 
 /// A warp's part of attention on tensor cores, for 16-bit KV and queries: scores are K times Q
-/// transposed, and results V transposed times P transposed, so that query rows are columns (eight to
-/// a tile) and tokens and head dims fill the 16 rows. A row's result depends on neither the other
-/// rows nor on which column it is.
+/// transposed, and results V transposed times P transposed, so that query rows are columns (eight
+/// to a tile) and tokens and head dims fill the 16 rows. A row's result depends on neither the
+/// other rows nor on which column it is.
 template <typename T, int kHeadDim, int kColumnTiles>
 class TensorMath {
  public:

@@ -3,12 +3,12 @@
 #define PIPELIVE_JOIN_(a, b, c) pipelive_attention_##a##_d##b##_r##c
 #define PIPELIVE_JOIN(a, b, c) PIPELIVE_JOIN_(a, b, c)
 // The last parameter is the number of blocks that a multiprocessor should hold, for registers.
-#define PIPELIVE_KERNEL(dim, column_tiles, rows, blocks)                                      \
-  extern "C" __global__ void __launch_bounds__(pipelive::cuda::attention::kThreads, blocks)   \
-      PIPELIVE_JOIN(PIPELIVE_TYPE_NAME, dim, rows)(                                           \
-          const __grid_constant__ pipelive::cuda::attention::Params p) {                      \
-    using namespace pipelive::cuda::attention;                                                \
-    Block<TensorMath<PIPELIVE_TYPE, dim, column_tiles>>(p).run();                             \
+#define PIPELIVE_KERNEL(dim, column_tiles, rows, blocks)                                    \
+  extern "C" __global__ void __launch_bounds__(pipelive::cuda::attention::kThreads, blocks) \
+      PIPELIVE_JOIN(PIPELIVE_TYPE_NAME, dim,                                                \
+                    rows)(const __grid_constant__ pipelive::cuda::attention::Params p) {    \
+    using namespace pipelive::cuda::attention;                                              \
+    Block<TensorMath<PIPELIVE_TYPE, dim, column_tiles>>(p).run();                           \
   }
 
 #if !defined(PIPELIVE_HEAD_DIM) || PIPELIVE_HEAD_DIM == 64

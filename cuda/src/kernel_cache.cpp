@@ -86,9 +86,9 @@ std::vector<std::byte> KernelCache::find(const std::string& key) const {
   if (folder_.empty()) return {};
   const std::string path = folder_ + "/" + key;
   // The driver runs what it is given: no one else's file.
-  struct stat status {};
-  if (stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode) ||
-      status.st_uid != geteuid() || (status.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+  struct stat status{};
+  if (stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode) || status.st_uid != geteuid() ||
+      (status.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
     return {};
   }
   std::ifstream file(path, std::ios::binary);
@@ -131,8 +131,7 @@ void KernelCache::keep(const std::string& key, const std::vector<std::byte>& ima
       }
       return true;
     };
-    const bool written =
-        write_all(&header, sizeof header) && write_all(image.data(), image.size());
+    const bool written = write_all(&header, sizeof header) && write_all(image.data(), image.size());
     const bool closed = close(fd) == 0;
     if (!written || !closed || rename(path.c_str(), (folder_ + "/" + key).c_str()) != 0) {
       unlink(path.c_str());

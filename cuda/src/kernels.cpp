@@ -4,6 +4,7 @@
 
 #include "pipelive/base/error.hpp"
 #include "pipelive/cuda/nvrtc.hpp"
+#include "pipelive/cuda/scope.hpp"
 
 namespace pipelive::cuda {
 namespace {
@@ -11,10 +12,8 @@ namespace {
 // What a kernel may use without asking.
 constexpr unsigned kPlainSharedBytes = 48 << 10;
 
-DeviceLimits limits_of(const Driver& driver, int ordinal) {
+DeviceLimits limits_of(const Driver& driver, DeviceOrdinal device) {
   const DriverApi& api = driver.api();
-  DeviceOrdinal device = 0;
-  driver.check(api.device_get(&device, ordinal), "cuDeviceGet");
   const auto read = [&](DeviceAttribute attribute) {
     int value = 0;
     driver.check(api.device_get_attribute(&value, attribute, device), "cuDeviceGetAttribute");
@@ -33,30 +32,28 @@ DeviceLimits limits_of(const Driver& driver, int ordinal) {
 
 }  // namespace
 
-Kernels::Kernels(std::shared_ptr<const Driver> driver, int ordinal, ImageSource source)
-    : context_(std::make_unique<PrimaryContext>(std::move(driver), ordinal)),
+Kernels::Kernels(std::shared_ptr<const PrimaryContext> context, ImageSource source)
+    : context_(std::move(context)),
       source_(source ? std::move(source) : ImageSource(&kernel_image)),
-      limits_(limits_of(context_->driver(), ordinal)) {}
+      limits_(limits_of(context_->driver(), context_->device())) {}
 
 Kernels::~Kernels() {
   if (modules_.empty()) return;
   try {
-    const ContextScope scope(*context_);
+    const CallScope scope(*context_);
     modules_.clear();
   } catch (const Error&) {
     // The driver is gone, and with it the modules.
   }
 }
 
-Kernels& Kernels::of_device(int ordinal) {
+Kernels& Kernels::of(const std::shared_ptr<const PrimaryContext>& context) {
   static std::mutex mutex;
-  static auto& devices = *new std::map<int, std::unique_ptr<Kernels>>;
+  // Kernels hold their context, so that no two contexts ever have one address.
+  static auto& loaded = *new std::map<const PrimaryContext*, std::unique_ptr<Kernels>>;
   const std::lock_guard lock(mutex);
-  std::unique_ptr<Kernels>& kernels = devices[ordinal];
-  if (kernels == nullptr) {
-    static const std::shared_ptr<const Driver> driver = Driver::open();
-    kernels = std::make_unique<Kernels>(driver, ordinal);
-  }
+  std::unique_ptr<Kernels>& kernels = loaded[context.get()];
+  if (kernels == nullptr) kernels = std::make_unique<Kernels>(context);
   return *kernels;
 }
 

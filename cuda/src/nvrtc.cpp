@@ -17,22 +17,22 @@ namespace pipelive::cuda {
 
 using Program = struct ProgramOpaque*;  // nvrtcProgram
 
-#define PIPELIVE_NVRTC_FUNCTIONS(X)                                                           \
-  X(version, nvrtcVersion, int, (int* major, int* minor))                                     \
-  X(error_string, nvrtcGetErrorString, const char*, (int result))                             \
-  X(num_archs, nvrtcGetNumSupportedArchs, int, (int* count))                                  \
-  X(archs, nvrtcGetSupportedArchs, int, (int* archs))                                         \
-  X(create, nvrtcCreateProgram, int,                                                          \
-    (Program * program, const char* source, const char* name, int num_headers,                \
-     const char* const* headers, const char* const* include_names))                           \
-  X(destroy, nvrtcDestroyProgram, int, (Program * program))                                   \
-  X(compile, nvrtcCompileProgram, int,                                                        \
-    (Program program, int num_options, const char* const* options))                           \
-  X(log_bytes, nvrtcGetProgramLogSize, int, (Program program, std::size_t* bytes))            \
-  X(log, nvrtcGetProgramLog, int, (Program program, char* log))                               \
-  X(cubin_bytes, nvrtcGetCUBINSize, int, (Program program, std::size_t* bytes))               \
-  X(cubin, nvrtcGetCUBIN, int, (Program program, char* image))                                \
-  X(ptx_bytes, nvrtcGetPTXSize, int, (Program program, std::size_t* bytes))                   \
+#define PIPELIVE_NVRTC_FUNCTIONS(X)                                                \
+  X(version, nvrtcVersion, int, (int* major, int* minor))                          \
+  X(error_string, nvrtcGetErrorString, const char*, (int result))                  \
+  X(num_archs, nvrtcGetNumSupportedArchs, int, (int* count))                       \
+  X(archs, nvrtcGetSupportedArchs, int, (int* archs))                              \
+  X(create, nvrtcCreateProgram, int,                                               \
+    (Program * program, const char* source, const char* name, int num_headers,     \
+     const char* const* headers, const char* const* include_names))                \
+  X(destroy, nvrtcDestroyProgram, int, (Program * program))                        \
+  X(compile, nvrtcCompileProgram, int,                                             \
+    (Program program, int num_options, const char* const* options))                \
+  X(log_bytes, nvrtcGetProgramLogSize, int, (Program program, std::size_t* bytes)) \
+  X(log, nvrtcGetProgramLog, int, (Program program, char* log))                    \
+  X(cubin_bytes, nvrtcGetCUBINSize, int, (Program program, std::size_t* bytes))    \
+  X(cubin, nvrtcGetCUBIN, int, (Program program, char* image))                     \
+  X(ptx_bytes, nvrtcGetPTXSize, int, (Program program, std::size_t* bytes))        \
   X(ptx, nvrtcGetPTX, int, (Program program, char* image))
 
 struct Nvrtc::Api {
@@ -66,8 +66,8 @@ std::shared_ptr<const Nvrtc> Nvrtc::open(const std::vector<std::string>& librari
     }
     auto api = std::make_shared<Api>();
     std::string missing;
-#define PIPELIVE_NVRTC_LOAD(member, symbol, type, parameters)                                      \
-  api->member = reinterpret_cast<type(*) parameters>(dlsym(nvrtc->handle_.get(), #symbol));        \
+#define PIPELIVE_NVRTC_LOAD(member, symbol, type, parameters)                               \
+  api->member = reinterpret_cast<type(*) parameters>(dlsym(nvrtc->handle_.get(), #symbol)); \
   if (api->member == nullptr) missing = #symbol;
     PIPELIVE_NVRTC_FUNCTIONS(PIPELIVE_NVRTC_LOAD)
 #undef PIPELIVE_NVRTC_LOAD
@@ -87,8 +87,9 @@ std::shared_ptr<const Nvrtc> Nvrtc::open(const std::vector<std::string>& librari
     }
     return nvrtc;
   }
-  throw Error(ErrorCode::device,
-              "no NVRTC to compile CUDA kernels with (install nvidia-cuda-nvrtc-cu12): " + problems);
+  throw Error(
+      ErrorCode::device,
+      "no NVRTC to compile CUDA kernels with (install nvidia-cuda-nvrtc-cu12): " + problems);
 }
 
 void Nvrtc::check(int result, const char* call) const {
@@ -155,8 +156,8 @@ std::vector<std::byte> Nvrtc::compile(const KernelFile& file, int capability) co
     ~Destroy() { api.destroy(&program); }
   } const destroy{*api_, program};
 
-  if (const int result = api_->compile(program, static_cast<int>(option_texts.size()),
-                                       option_texts.data())) {
+  if (const int result =
+          api_->compile(program, static_cast<int>(option_texts.size()), option_texts.data())) {
     std::string log;
     std::size_t bytes = 0;
     if (api_->log_bytes(program, &bytes) == 0 && bytes > 0) {

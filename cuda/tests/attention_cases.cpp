@@ -22,7 +22,9 @@ Numbers::Numbers(DType dtype, std::size_t count)
     : dtype_(dtype), count_(count), memory_(count * size_of(dtype) + 64) {
   offset_ = (64 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 64) % 64;
 }
-std::byte* Numbers::data() const { return const_cast<std::byte*>(memory_.data()) + offset_; }
+std::byte* Numbers::data() const {
+  return const_cast<std::byte*>(memory_.data()) + offset_;
+}
 float Numbers::get(std::size_t i) const {
   if (dtype_ == DType::float32) return reinterpret_cast<const float*>(data())[i];
   const auto bits = reinterpret_cast<const unsigned short*>(data())[i];
@@ -83,8 +85,7 @@ Batch::Batch(const Problem& given) : problem(given) {
   starts.push_back(0);
   for (std::size_t s = 0; s < seqs; ++s) {
     const int len = p.seq_lens[s];
-    const int first =
-        p.window > 0 ? std::max(0, len - p.query_lens[s] - p.window + 1) : 0;
+    const int first = p.window > 0 ? std::max(0, len - p.query_lens[s] - p.window + 1) : 0;
     for (int b = 0; b < counts[s]; ++b) blocks_[s].push_back(ids[taken++]);
     for (int t = first; t < len; ++t) {
       const int block = blocks_[s][static_cast<std::size_t>(t / p.block_size)];
@@ -162,7 +163,7 @@ std::string Batch::emulate(attention::emulator::Order order, int runs, int stage
   const auto splits = static_cast<std::size_t>(attention::kMaxSplits);
   const auto rows = static_cast<std::size_t>(p.tokens * p.q_heads);
   if (runs > 0) {
-    launch.grid_x = static_cast<unsigned>(p.slots * runs);
+    launch.grid = launch.grid / static_cast<unsigned>(p.runs) * static_cast<unsigned>(runs);
     p.runs = runs;
   }
   if (stages > 0) {
@@ -187,9 +188,8 @@ std::string Batch::emulate(attention::emulator::Order order, int runs, int stage
   for (std::size_t s = 0; s < problem.seq_lens.size(); ++s) {
     const int len = problem.seq_lens[s];
     if (problem.query_lens[s] == 0) continue;
-    const int first = problem.window > 0
-                          ? std::max(0, len - problem.query_lens[s] - problem.window + 1)
-                          : 0;
+    const int first =
+        problem.window > 0 ? std::max(0, len - problem.query_lens[s] - problem.window + 1) : 0;
     for (int t = first; t < len; ++t) {
       for (int h = 0; h < problem.kv_heads; ++h) {
         for (int side = 0; side < 2; ++side) {
@@ -205,8 +205,7 @@ std::string Batch::emulate(attention::emulator::Order order, int runs, int stage
   std::ranges::sort(allowed);
 
   attention::emulator::Options options;
-  options.grid_x = launch.grid_x;
-  options.grid_y = launch.grid_y;
+  options.grid = launch.grid;
   options.shared_bytes = launch.shared_bytes;
   options.order = order;
   options.seed = problem.seed;
@@ -224,8 +223,7 @@ std::string Batch::emulate(attention::emulator::Order order, int runs, int stage
   if (!problem_found.empty()) return problem_found;
   const auto finish = find(launch.finish_kernel);
   if (finish == nullptr) return launch.finish_kernel + " is not there";
-  options.grid_x = launch.finish_grid;
-  options.grid_y = 1;
+  options.grid = launch.finish_grid;
   options.shared_bytes = 0;
   return attention::emulator::run(options, [&] { finish(p); });
 }

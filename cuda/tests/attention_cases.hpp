@@ -60,9 +60,9 @@ class Batch {
   AttentionArgs& args() { return args_; }
   /// Runs the launch in the emulator; `runs` overrides how many blocks share a tile's splits.
   /// Returns the emulator's complaint.
-  [[nodiscard]] std::string emulate(attention::emulator::Order order =
-                                        attention::emulator::Order::forward,
-                                    int runs = 0, int stages = 0);
+  [[nodiscard]] std::string emulate(
+      attention::emulator::Order order = attention::emulator::Order::forward, int runs = 0,
+      int stages = 0);
   /// Fills `expected`, in float64 over the stored numbers.
   void reference();
 

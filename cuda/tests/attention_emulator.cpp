@@ -40,7 +40,9 @@ __asm__(
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
     "  ret\n"
     ".popsection\n");
-void switch_to(Context& from, Context& to) { pipelive_emulator_switch(&from, to); }
+void switch_to(Context& from, Context& to) {
+  pipelive_emulator_switch(&from, to);
+}
 void make_context(Context& context, std::byte* stack, void (*entry)()) {
   auto top = reinterpret_cast<std::uintptr_t>(stack + kStackBytes) & ~std::uintptr_t{15};
   auto* words = reinterpret_cast<void**>(top);
@@ -52,7 +54,9 @@ void make_context(Context& context, std::byte* stack, void (*entry)()) {
 }
 #else
 using Context = ucontext_t;
-void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+void switch_to(Context& from, Context& to) {
+  swapcontext(&from, &to);
+}
 void make_context(Context& context, std::byte* stack, void (*entry)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
@@ -117,7 +121,6 @@ struct Machine {
   Context scheduler{};
   int current = 0;
   unsigned x = 0;
-  unsigned y = 0;
   std::unique_ptr<Guarded> shared;
   std::string error;
   std::mt19937_64 random;
@@ -181,14 +184,12 @@ std::string run(const Options& options, const std::function<void()>& kernel) {
   m.shared = std::make_unique<Guarded>(std::max(16U, options.shared_bytes));
   m.random.seed(options.seed);
   machine = &m;
-  for (m.y = 0; m.y < options.grid_y; ++m.y) {
-    for (m.x = 0; m.x < options.grid_x; ++m.x) {
-      run_block(m);
-      if (!m.error.empty()) {
-        machine = nullptr;
-        return "block (" + std::to_string(m.x) + ", " + std::to_string(m.y) + ") thread " +
-               std::to_string(m.current) + ": " + m.error;
-      }
+  for (m.x = 0; m.x < options.grid; ++m.x) {
+    run_block(m);
+    if (!m.error.empty()) {
+      machine = nullptr;
+      return "block " + std::to_string(m.x) + " thread " + std::to_string(m.current) + ": " +
+             m.error;
     }
   }
   machine = nullptr;
@@ -200,10 +201,15 @@ void fail(const std::string& what) {
   for (;;) machine->pause();
 }
 
-int thread_id() { return machine->current; }
-int block_x() { return static_cast<int>(machine->x); }
-int block_y() { return static_cast<int>(machine->y); }
-unsigned shared_base() { return kSharedBase; }
+int thread_id() {
+  return machine->current;
+}
+int block_x() {
+  return static_cast<int>(machine->x);
+}
+unsigned shared_base() {
+  return kSharedBase;
+}
 
 void* shared_pointer(unsigned address, std::size_t bytes, std::size_t alignment) {
   const std::size_t size = machine->shared->bytes();
@@ -436,7 +442,9 @@ float shuffle(float value, int lane) {
   return float_of_bits(
       static_cast<unsigned>(shuffle_bits("shuffle float", bits_of_float(value), lane)));
 }
-long long shuffle(long long value, int lane) { return shuffle_bits("shuffle", value, lane); }
+long long shuffle(long long value, int lane) {
+  return shuffle_bits("shuffle", value, lane);
+}
 
 void store_shared(unsigned shared, Vector value) {
   std::memcpy(emulator::shared_pointer(shared, 16, 16), &value, 16);
@@ -446,7 +454,9 @@ Vector load_shared(unsigned shared) {
   std::memcpy(&value, emulator::shared_pointer(shared, 16, 16), 16);
   return value;
 }
-void load_matrix(unsigned (&out)[4], unsigned shared) { matrices("ldmatrix", out, shared, false); }
+void load_matrix(unsigned (&out)[4], unsigned shared) {
+  matrices("ldmatrix", out, shared, false);
+}
 void load_matrix_transposed(unsigned (&out)[4], unsigned shared) {
   matrices("ldmatrix.trans", out, shared, true);
 }
@@ -461,8 +471,8 @@ unsigned transpose_matrix(unsigned value) {
              for (int lane = 0; lane < 32; ++lane) {
                const int row = lane / 4;
                const int column = lane % 4 * 2;
-               reinterpret_cast<unsigned*>(outs)[lane] =
-                   at(column, row) | at(column + 1, row) << 16;
+               reinterpret_cast<unsigned*>(outs)[lane] = at(column, row) | at(column + 1, row)
+                                                                               << 16;
              }
            });
   return out;
@@ -478,17 +488,27 @@ unsigned pack(Float16, float low, float high) {
   return emulator::float_to_half(low) | static_cast<unsigned>(emulator::float_to_half(high)) << 16;
 }
 unsigned pack(BFloat16, float low, float high) {
-  return emulator::float_to_bfloat16(low) |
-         static_cast<unsigned>(emulator::float_to_bfloat16(high)) << 16;
+  return emulator::float_to_bfloat16(low) | static_cast<unsigned>(emulator::float_to_bfloat16(high))
+                                                << 16;
 }
-float widen(Float16 value) { return emulator::half_to_float(value.bits); }
-float widen(BFloat16 value) { return float_of_bits(static_cast<unsigned>(value.bits) << 16); }
-float float_of_bits(unsigned bits) { return std::bit_cast<float>(bits); }
-unsigned bits_of_float(float value) { return std::bit_cast<unsigned>(value); }
+float widen(Float16 value) {
+  return emulator::half_to_float(value.bits);
+}
+float widen(BFloat16 value) {
+  return float_of_bits(static_cast<unsigned>(value.bits) << 16);
+}
+float float_of_bits(unsigned bits) {
+  return std::bit_cast<float>(bits);
+}
+unsigned bits_of_float(float value) {
+  return std::bit_cast<unsigned>(value);
+}
 
 void atomic_min(unsigned long long* address, unsigned long long value) {
   *address = std::min(*address, value);
 }
-void atomic_add(unsigned long long* address, unsigned long long value) { *address += value; }
+void atomic_add(unsigned long long* address, unsigned long long value) {
+  *address += value;
+}
 
 }  // namespace pipelive::cuda::attention

@@ -1,9 +1,10 @@
 #pragma once
 
-// Runs the attention kernels' own source on the CPU: the functions of cuda/src/attention_device.cuh,
-// each thread of a block on a stack of its own. Warp-wide and block-wide operations wait until all
-// their threads have come; copies to shared memory are done when they are waited for, and what lies
-// where they will land is poisoned until then. Threads run in an order that a test chooses.
+// Runs the attention kernels' own source on the CPU: the functions of
+// cuda/src/attention_device.cuh, each thread of a block on a stack of its own. Warp-wide and
+// block-wide operations wait until all their threads have come; copies to shared memory are done
+// when they are waited for, and what lies where they will land is poisoned until then. Threads run
+// in an order that a test chooses.
 
 #include <cmath>
 #include <cstddef>
@@ -30,8 +31,7 @@ namespace emulator {
 enum class Order { forward, backward, random };
 
 struct Options {
-  unsigned grid_x = 1;
-  unsigned grid_y = 1;
+  unsigned grid = 1;
   unsigned shared_bytes = 0;
   Order order = Order::forward;
   std::uint64_t seed = 0;
@@ -48,7 +48,6 @@ std::string run(const Options& options, const std::function<void()>& kernel);
 
 int thread_id();
 int block_x();
-int block_y();
 unsigned shared_base();
 void* shared_pointer(unsigned address, std::size_t bytes, std::size_t alignment);
 
@@ -70,7 +69,6 @@ unsigned short float_to_bfloat16(float value);
 }  // namespace emulator
 
 using emulator::block_x;
-using emulator::block_y;
 using emulator::cp_async;
 using emulator::cp_async_commit;
 using emulator::cp_async_wait;
@@ -89,13 +87,27 @@ float shuffle_xor(float value, int mask);
 float shuffle(float value, int lane);
 long long shuffle(long long value, int lane);
 
-inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float mul_rn(float a, float b) { return a * b; }
-inline float add_rn(float a, float b) { return a + b; }
-inline float tanh_of(float x) { return std::tanh(x); }
-inline float log_of(float x) { return std::log(x); }
-inline float not_a_number() { return std::nanf(""); }
-inline float max_of(float a, float b) { return std::fmax(a, b); }
+inline float fma_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline float mul_rn(float a, float b) {
+  return a * b;
+}
+inline float add_rn(float a, float b) {
+  return a + b;
+}
+inline float tanh_of(float x) {
+  return std::tanh(x);
+}
+inline float log_of(float x) {
+  return std::log(x);
+}
+inline float not_a_number() {
+  return std::nanf("");
+}
+inline float max_of(float a, float b) {
+  return std::fmax(a, b);
+}
 
 void store_shared(unsigned shared, Vector value);
 Vector load_shared(unsigned shared);
@@ -109,7 +121,9 @@ unsigned pack(Float16, float low, float high);
 unsigned pack(BFloat16, float low, float high);
 float widen(Float16 value);
 float widen(BFloat16 value);
-inline float widen(float value) { return value; }
+inline float widen(float value) {
+  return value;
+}
 float float_of_bits(unsigned bits);
 unsigned bits_of_float(float value);
 

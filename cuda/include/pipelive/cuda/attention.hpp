@@ -16,8 +16,7 @@ struct AttentionLaunch {
   attention::Params params;  ///< all but the workspace
   KernelFile file;
   std::string kernel;
-  unsigned grid_x = 0;  ///< 0: the kernel is left out
-  unsigned grid_y = 0;
+  unsigned grid = 0;  ///< 0: the kernel is left out
   unsigned shared_bytes = 0;
   KernelFile finish_file;
   std::string finish_kernel;
@@ -28,21 +27,23 @@ struct AttentionLaunch {
 /// Lays a call out. `args` is what pipelive::paged_attention takes, with addresses of the device
 /// everywhere; `args.threads`, `args.isa` and `args.kv.require_resident` are not looked at.
 ///
-/// Throws Error(invalid_argument) as validate_layout does, and where a row of KV does not begin at a
-/// multiple of 16 bytes, where tokens times heads are 2^31 or more, or where the device has too
+/// Throws Error(invalid_argument) as validate_layout does, and where a row of KV does not begin at
+/// a multiple of 16 bytes, where tokens times heads are 2^31 or more, or where the device has too
 /// little shared memory.
 [[nodiscard]] AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& limits);
 
 /// Paged attention on a GPU, in the order of `stream` (null: the legacy default stream): two kernel
-/// launches, no allocation, no synchronisation; may be captured into a graph once it has been called
-/// before with the same dtypes and head dim. Semantics are those of pipelive::paged_attention: a
-/// token's bits depend on its query, its KV and its position alone. Two things differ:
+/// launches, no allocation, no synchronisation; may be captured into a graph once it has been
+/// called before with the same dtypes and head dim. Semantics are those of
+/// pipelive::paged_attention: a token's bits depend on its query, its KV and its position alone.
+/// Two things differ:
 ///  - 16-bit queries go through tensor cores, so that a NaN or an infinity among the values of a
 ///    later token can reach earlier rows of the same chunk;
-///  - `args` is checked by shape only. Tables, lengths and `query_start` are on the device, and it is
-///    the caller's duty that they are right and that the blocks to be read are mapped. Where lengths
-///    contradict each other, or an id lies outside of [0, num_blocks), rows become NaN and nothing
-///    outside of the tables and `kv` is read; check_tables says where.
+///  - `args` is checked by shape only. Tables, lengths and `query_start` are on the device, and it
+///  is
+///    the caller's duty that they are right and that the blocks to be read are mapped. Where
+///    lengths contradict each other, or an id lies outside of [0, num_blocks), rows become NaN and
+///    nothing outside of the tables and `kv` is read; check_tables says where.
 ///
 /// `workspace` is plan_attention(...).workspace_bytes bytes of the device, aligned to 16, which no
 /// other work may use until this call's has run; null where that is 0.

@@ -4,15 +4,10 @@
 // arithmetic that the kernels, the launcher and the tests share. No standard header is included, so
 // that NVRTC can compile it.
 
+#include "pipelive/cuda/portable.hpp"
+
 #if !defined(__CUDACC__)
 #include <cmath>
-#endif
-#if !defined(PIPELIVE_HD)
-#if defined(__CUDACC__)
-#define PIPELIVE_HD __host__ __device__ __forceinline__
-#else
-#define PIPELIVE_HD inline
-#endif
 #endif
 
 namespace pipelive::cuda::attention {
@@ -23,8 +18,8 @@ inline constexpr int kThreads = 32 * kWarps;
 /// Tokens of one warp's tile: in the tensor core kernels, and in those for float32 queries.
 inline constexpr int kTensorTile = 16;
 inline constexpr int kScalarTile = 8;
-/// A sequence's KV is cut every kSplitLen tokens; where that would give more than kMaxSplits pieces,
-/// they become longer. Both are fixed: results depend on where the cuts are.
+/// A sequence's KV is cut every kSplitLen tokens; where that would give more than kMaxSplits
+/// pieces, they become longer. Both are fixed: results depend on where the cuts are.
 inline constexpr int kSplitLen = 512;
 inline constexpr int kMaxSplits = 32;
 inline constexpr int kMaxStages = 4;
@@ -73,6 +68,13 @@ struct Params {
 };
 static_assert(sizeof(Params) == 19 * 8 + 18 * 4, "host and device must agree on every offset");
 
+/// What the kernel that checks tables takes.
+struct CheckParams {
+  Params params;
+  unsigned long long* report;  // see cuda::check_tables
+  int resident;
+};
+
 /// A float32 power of two; what is rounded off is the same in every kernel.
 PIPELIVE_HD float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
@@ -86,10 +88,14 @@ PIPELIVE_HD float exp2_fast(float x) {
 #endif
 }
 
-PIPELIVE_HD float minus_infinity() { return -1.0f / 0.0f; }
+PIPELIVE_HD float minus_infinity() {
+  return -1.0f / 0.0f;
+}
 
 /// To subtract from scores: the maximum, or 0 where nothing was attended to.
-PIPELIVE_HD float finite_max(float max) { return max == minus_infinity() ? 0.0f : max; }
+PIPELIVE_HD float finite_max(float max) {
+  return max == minus_infinity() ? 0.0f : max;
+}
 
 /// The weights with which a total and the part that follows it are added up.
 struct Fold {
@@ -113,7 +119,8 @@ PIPELIVE_HD int split_len_at(int position) {
   return length;
 }
 
-/// How many splits a sequence of that many tokens can have at most, whatever its length up to there.
+/// How many splits a sequence of that many tokens can have at most, whatever its length up to
+/// there.
 PIPELIVE_HD int most_splits(long long tokens) {
   const long long splits = (tokens + kSplitLen - 1) / kSplitLen;
   return splits < kMaxSplits ? static_cast<int>(splits) : kMaxSplits;
@@ -165,11 +172,13 @@ PIPELIVE_HD SplitRange run_of(int run, int runs, int num_splits) {
 }
 
 /// Whether a tile's result goes straight to the output; else its splits are merged afterwards.
-PIPELIVE_HD bool is_direct(int runs, int num_splits) { return runs == 1 || num_splits == 1; }
+PIPELIVE_HD bool is_direct(int runs, int num_splits) {
+  return runs == 1 || num_splits == 1;
+}
 
 /// Tiles of rows have fixed slots, so that the grid does not depend on what is on the device:
-/// sequence `seq`, whose query begins at token `start`, has the slots from here on. No two sequences
-/// share one.
+/// sequence `seq`, whose query begins at token `start`, has the slots from here on. No two
+/// sequences share one.
 PIPELIVE_HD int slot_of(int seq, int start, int group, int tile_rows) {
   return static_cast<int>(static_cast<unsigned>(start) * static_cast<unsigned>(group) /
                           static_cast<unsigned>(tile_rows)) +

@@ -38,19 +38,20 @@ class Kernels {
   using ImageSource =
       std::function<std::vector<std::byte>(const KernelFile& file, const DeviceLimits& limits)>;
 
-  /// Throws Error(invalid_argument) where there is no device of that number, Error(device) where
-  /// the driver refuses.
-  Kernels(std::shared_ptr<const Driver> driver, int ordinal, ImageSource source = {});
+  /// Throws Error(device) where the driver refuses.
+  explicit Kernels(std::shared_ptr<const PrimaryContext> context, ImageSource source = {});
   Kernels(const Kernels&) = delete;
   Kernels& operator=(const Kernels&) = delete;
   ~Kernels();
 
-  /// Those of a device of this process, made at first use and never taken down, since the driver may
-  /// be gone when a process ends.
-  [[nodiscard]] static Kernels& of_device(int ordinal);
+  /// Those of a context, made at first use and never taken down: captured graphs go on launching
+  /// them, and the driver may be gone when a process ends.
+  [[nodiscard]] static Kernels& of(const std::shared_ptr<const PrimaryContext>& context);
 
   [[nodiscard]] const DeviceLimits& limits() const noexcept { return limits_; }
-  [[nodiscard]] const PrimaryContext& context() const noexcept { return *context_; }
+  [[nodiscard]] const std::shared_ptr<const PrimaryContext>& context() const noexcept {
+    return context_;
+  }
   [[nodiscard]] const Driver& driver() const noexcept { return context_->driver(); }
 
   /// A kernel that may be launched with so much dynamic shared memory. The device's context must be
@@ -65,7 +66,7 @@ class Kernels {
     unsigned shared_bytes = 0;  ///< that it may be launched with
   };
 
-  const std::unique_ptr<PrimaryContext> context_;
+  const std::shared_ptr<const PrimaryContext> context_;
   const ImageSource source_;
   DeviceLimits limits_;
   std::mutex mutex_;

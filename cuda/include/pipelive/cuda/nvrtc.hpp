@@ -28,9 +28,9 @@ class Nvrtc {
   [[nodiscard]] int major() const noexcept { return major_; }
   [[nodiscard]] int minor() const noexcept { return minor_; }
 
-  /// Compiles one of kernel_sources() for a compute capability (10 * major + minor): to machine code
-  /// if the compiler knows it, else to PTX for the newest that it knows, which a driver translates.
-  /// Throws Error(device) with the compiler's messages.
+  /// Compiles one of kernel_sources() for a compute capability (10 * major + minor): to machine
+  /// code if the compiler knows it, else to PTX for the newest that it knows, which a driver
+  /// translates. Throws Error(device) with the compiler's messages.
   [[nodiscard]] std::vector<std::byte> compile(const KernelFile& file, int capability) const;
 
  private:
