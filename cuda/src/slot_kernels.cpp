@@ -43,19 +43,35 @@ FunctionHandle by_bytes(const std::array<FunctionHandle, 5>& kernels, unsigned b
 
 }  // namespace
 
+namespace {
+
+// By the driver's context; kernels hold it, so that its handle names no other one. Never destroyed:
+// the driver may be gone when a process ends.
+struct Loaded {
+  std::mutex mutex;
+  std::map<ContextHandle, std::shared_ptr<const SlotKernels>> kernels;
+};
+Loaded& loaded() {
+  static auto& instance = *new Loaded;
+  return instance;
+}
+
+}  // namespace
+
+void SlotKernels::forget() {
+  const std::lock_guard lock(loaded().mutex);
+  loaded().kernels.clear();
+}
+
 std::shared_ptr<const SlotKernels> SlotKernels::of(
     const std::shared_ptr<const PrimaryContext>& context) {
-  static std::mutex mutex;
-  static std::map<const PrimaryContext*, std::weak_ptr<const SlotKernels>> loaded;
-  const std::lock_guard lock(mutex);
-  std::weak_ptr<const SlotKernels>& entry = loaded[context.get()];
-  // Kernels hold their context, so an entry that is alive is of this context and no earlier one.
-  if (std::shared_ptr<const SlotKernels> kernels = entry.lock()) return kernels;
+  const std::lock_guard lock(loaded().mutex);
+  std::shared_ptr<const SlotKernels>& entry = loaded().kernels[context->handle()];
+  if (entry) return entry;
   const Images images{fatbin("slots_append").bytes, fatbin("slots_copy").bytes,
                       fatbin("slots_marks").bytes};
-  auto kernels = std::make_shared<const SlotKernels>(context, images);
-  entry = kernels;
-  return kernels;
+  entry = std::make_shared<const SlotKernels>(context, images);
+  return entry;
 }
 
 SlotKernels::SlotKernels(std::shared_ptr<const PrimaryContext> context, const Images& images)
