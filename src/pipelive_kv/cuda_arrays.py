@@ -71,6 +71,17 @@ def on_gpu(array: Any) -> bool:
     return where is not None and int(where()[0]) == CUDA
 
 
+def current_stream(array: Any) -> int | None:
+    """Return the handle of the current stream of the array's library; None where there is none."""
+    if not on_gpu(array):
+        return None
+    if hasattr(array, "new_empty"):
+        return _Torch(array, None).handle
+    if type(array).__module__.partition(".")[0] == "cupy":
+        return _Cupy(array, None).handle
+    return None
+
+
 def stream_handle(stream: Any) -> int:
     """Return the handle of a stream of torch or cupy, or of an int."""
     for value in (stream, getattr(stream, "cuda_stream", None), getattr(stream, "ptr", None)):
