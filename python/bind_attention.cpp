@@ -249,8 +249,7 @@ std::optional<Residency::Use> use_in(const std::optional<LayerView>& layer, Stre
 void attend_on_gpu(const Borrowed& borrowed, py::handle stream, py::handle allocate) {
   const Stream queue = stream_of(stream);
   cuda::Kernels& kernels = borrowed.kv.kernels();
-  const std::size_t bytes =
-      cuda::plan_attention(borrowed.args, kernels.limits()).workspace_bytes;
+  const std::size_t bytes = cuda::plan_attention(borrowed.args, kernels.limits()).workspace_bytes;
   std::optional<TensorView> workspace;
   if (bytes > 0) {
     const py::object memory = allocate(bytes);
@@ -356,6 +355,7 @@ void bind_attention(py::module_& m) {
         py::arg("block_tables"), py::arg("seq_lens"), py::arg("query_start"), py::arg("window"),
         py::arg("block_map"), py::arg("resident"), py::arg("report"), py::arg("stream"));
   m.def("set_nvrtc_libraries", &cuda::set_nvrtc_libraries, py::arg("libraries"));
+  m.def("cuda_forget_kernels", &cuda::Kernels::forget);
   m.def("attention_isas", &isa_names);
 }
 

@@ -70,7 +70,7 @@ int instance_for(std::int64_t head_dim, const std::array<int, kCount>& dims) {
 }
 
 /// The depth of the copy pipeline: two blocks to a multiprocessor if that leaves them two stages
-/// each, else one. Even a single stage works.
+/// each, else one. Even a single stage works; 0: not even that fits.
 int stages_for(bool tensor, int dim, int rows, int item, const DeviceLimits& limits) {
   for (const int blocks : {2, 1}) {
     const int most = std::min(limits.shared_bytes_per_block,
@@ -79,9 +79,7 @@ int stages_for(bool tensor, int dim, int rows, int item, const DeviceLimits& lim
       if (attention::shared_of(tensor, dim, rows, item, stages).bytes <= most) return stages;
     }
   }
-  refuse("kv: head_dim", std::to_string(dim),
-         "one that " + std::to_string(limits.shared_bytes_per_block) +
-             " bytes of shared memory suffice for, which is what the device has");
+  return 0;
 }
 
 }  // namespace
@@ -154,6 +152,15 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
                                    : (query.tokens * p.group + args.num_seqs - 1) / args.num_seqs;
   if (tensor && per_seq > 8) p.tile_rows = dim <= 128 ? 32 : 16;
   p.stages = stages_for(tensor, dim, p.tile_rows, static_cast<int>(item), limits);
+  if (p.stages == 0) {
+    p.tile_rows = 8;
+    p.stages = stages_for(tensor, dim, p.tile_rows, static_cast<int>(item), limits);
+  }
+  if (p.stages == 0) {
+    refuse("kv: head_dim", std::to_string(kv.head_dim),
+           "one for which the device's " + std::to_string(limits.shared_bytes_per_block) +
+               " bytes of shared memory suffice");
+  }
   launch.shared_bytes = static_cast<unsigned>(
       attention::shared_of(tensor, dim, p.tile_rows, static_cast<int>(item), p.stages).bytes);
 

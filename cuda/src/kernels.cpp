@@ -30,6 +30,16 @@ DeviceLimits limits_of(const Driver& driver, DeviceOrdinal device) {
   return limits;
 }
 
+struct Loaded {
+  std::mutex mutex;
+  // Kernels hold their context, so that no two contexts ever have one address.
+  std::map<const PrimaryContext*, std::unique_ptr<Kernels>> by_context;
+};
+Loaded& loaded_kernels() {
+  static Loaded& loaded = *new Loaded;
+  return loaded;
+}
+
 }  // namespace
 
 Kernels::Kernels(std::shared_ptr<const PrimaryContext> context, ImageSource source)
@@ -48,13 +58,17 @@ Kernels::~Kernels() {
 }
 
 Kernels& Kernels::of(const std::shared_ptr<const PrimaryContext>& context) {
-  static std::mutex mutex;
-  // Kernels hold their context, so that no two contexts ever have one address.
-  static auto& loaded = *new std::map<const PrimaryContext*, std::unique_ptr<Kernels>>;
-  const std::lock_guard lock(mutex);
-  std::unique_ptr<Kernels>& kernels = loaded[context.get()];
+  Loaded& loaded = loaded_kernels();
+  const std::lock_guard lock(loaded.mutex);
+  std::unique_ptr<Kernels>& kernels = loaded.by_context[context.get()];
   if (kernels == nullptr) kernels = std::make_unique<Kernels>(context);
   return *kernels;
+}
+
+void Kernels::forget() {
+  Loaded& loaded = loaded_kernels();
+  const std::lock_guard lock(loaded.mutex);
+  loaded.by_context.clear();
 }
 
 FunctionHandle Kernels::function(const KernelFile& file, const std::string& kernel,

@@ -141,7 +141,8 @@ std::vector<std::byte> Nvrtc::compile(const KernelFile& file, int capability) co
     headers.push_back(texts[i].c_str());
     include_names.push_back(names[i].c_str());
   }
-  std::vector<std::string> options{"--gpu-architecture=" + target, "--std=c++17"};
+  std::vector<std::string> options{"--gpu-architecture=" + target, "--std=c++17",
+                                   "--device-as-default-execution-space"};
   for (const std::string& macro : file.macros) options.push_back("--define-macro=" + macro);
   std::vector<const char*> option_texts;
   for (const std::string& option : options) option_texts.push_back(option.c_str());

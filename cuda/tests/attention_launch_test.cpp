@@ -287,7 +287,8 @@ TEST(PlanAttentionTest, LargeBatchesKeepTheirSplitsToThemselves) {
   p.q_heads = 64;
   const Batch batch(p);
   AttentionArgs args = batch.args();
-  args.query.tokens = args.out.tokens = 1 << 20;
+  args.query.tokens = 1 << 20;
+  args.out = args.query;
   const AttentionLaunch launch = plan_attention(args, p.limits);
   EXPECT_EQ(launch.params.runs, 1);
   EXPECT_EQ(launch.workspace_bytes, 0U);

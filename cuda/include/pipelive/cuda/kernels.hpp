@@ -47,6 +47,9 @@ class Kernels {
   /// Those of a context, made at first use and never taken down: captured graphs go on launching
   /// them, and the driver may be gone when a process ends.
   [[nodiscard]] static Kernels& of(const std::shared_ptr<const PrimaryContext>& context);
+  /// Takes all of them down, and lets go of their contexts; for tests that replace the driver. None
+  /// may be in use.
+  static void forget();
 
   [[nodiscard]] const DeviceLimits& limits() const noexcept { return limits_; }
   [[nodiscard]] const std::shared_ptr<const PrimaryContext>& context() const noexcept {
