@@ -83,17 +83,13 @@ void PatchReceiver::run(Deadline deadline) {
 
 void PatchReceiver::receive_all(Deadline deadline) {
   wire::Message message;
-  const bool stage = channel_->peer_can_write_received();
+  std::vector<std::byte>* const copy = channel_->peer_can_write_received() ? &private_ : nullptr;
   for (bool more = true; more;) {
     const std::span<const std::byte> bytes = channel_->receive(deadline);
     const Stopwatch watch;
-    if (stage && staging_.size() < bytes.size()) staging_.resize(bytes.size());
-    wire::open_message(bytes, stage ? std::span<std::byte>(staging_) : std::span<std::byte>(),
-                       message);
-    // With a copy of its own the message needs the channel's buffer no more.
-    if (stage) channel_->release();
+    wire::open_message(bytes, copy, message);
     more = handle(message, deadline);
-    if (!stage) channel_->release();
+    channel_->release();
     const std::lock_guard lock(mutex_);
     stats_.messages += 1;
     stats_.busy_seconds += watch.seconds();
@@ -142,7 +138,7 @@ bool PatchReceiver::handle(const wire::Message& message, Deadline deadline) {
       take_region_end(message);
       return true;
     case wire::Kind::finish:
-      take_finish(deadline);
+      take_finish(message.header, deadline);
       return false;
     case wire::Kind::abort: {
       const std::string reason(reinterpret_cast<const char*>(message.payload.data()),
@@ -418,9 +414,12 @@ void PatchReceiver::take_region_end(const wire::Message& message) {
   changed_.notify_all();
 }
 
-void PatchReceiver::take_finish(Deadline deadline) {
-  if (ledger_.num_open() != 0) {
-    refuse(wire::Kind::finish, "not everything has come: " + ledger_.describe_open());
+void PatchReceiver::take_finish(const wire::Header& finish, Deadline deadline) {
+  if (finish.round != ledger_.num_completed() || ledger_.num_open() != 0) {
+    refuse(wire::Kind::finish, "not everything has come: it ends " + std::to_string(finish.round) +
+                                   " rounds, complete are " +
+                                   std::to_string(ledger_.num_completed()) + "; " +
+                                   ledger_.describe_open());
   }
   wire::Header head;
   head.kind = wire::Kind::finish;

@@ -460,10 +460,11 @@ bool PatchSender::read_one(std::unique_lock<std::mutex>& lock, Deadline deadline
   } reading{*this, lock};
   const auto bytes = channel_->try_receive(deadline);
   if (!bytes) return false;
-  // What comes back is small, so a copy costs nothing and leaves the ring free.
-  std::vector<std::byte> copy(bytes->size());
+  // What comes back is small, so a copy costs nothing and leaves the ring free. (Bulk messages,
+  // whose payload is not copied, are refused by handle.)
+  std::vector<std::byte> copy;
   wire::Message message;
-  wire::open_message(*bytes, copy, message);
+  wire::open_message(*bytes, &copy, message);
   channel_->release();
   lock.lock();
   handle(message);

@@ -195,51 +195,46 @@ std::vector<std::byte> small_message(Header header, std::span<const std::byte> p
   return message;
 }
 
-void open_message(std::span<const std::byte> bytes, std::span<std::byte> copy, Message& message) {
+void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy,
+                  Message& message) {
   if (bytes.size() < payload_offset(0)) {
     refuse("it has " + number(bytes.size()) + " bytes, expected " + number(payload_offset(0)) +
            " or more");
   }
-  if (!copy.empty() && copy.size() < bytes.size()) {
-    throw Error(ErrorCode::invalid_argument, "the staging buffer has " + number(copy.size()) +
-                                                 " bytes, the message " + number(bytes.size()));
-  }
-  std::span<const std::byte> head = bytes.first(kHeaderBytes);
-  if (!copy.empty()) {
-    std::memcpy(copy.data(), head.data(), head.size());
-    head = copy.first(kHeaderBytes);
-  }
+  // From here on what is looked at twice is looked at in `inner`.
+  const auto keep = [&](std::size_t size) {
+    if (copy == nullptr) return bytes.first(size);
+    const std::size_t kept = copy->size();
+    copy->resize(size);
+    std::memcpy(copy->data() + kept, bytes.data() + kept, size - kept);
+    return std::span<const std::byte>(*copy);
+  };
+  if (copy != nullptr) copy->clear();
   Crcs crcs;
-  message.header = check_header(head, bytes.size(), crcs);
-  std::span<const std::byte> body = bytes.subspan(kHeaderBytes);
-  const bool checked = (message.header.flags & kBodyChecksum) != 0;
-  std::uint32_t crc = 0;
-  if (!copy.empty()) {
-    std::byte* const target = copy.data() + kHeaderBytes;
-    if (checked) {
-      crc = crc32c_copy(target, body);
-    } else {
-      std::memcpy(target, body.data(), body.size());
-    }
-    body = {target, body.size()};
-  } else if (checked) {
-    crc = crc32c(body);
-  }
-  if (checked && crc != crcs.body) {
-    throw Error(ErrorCode::corrupt, "message body (" + std::string(to_string(message.header.kind)) +
-                                        ", " + number(body.size()) + " bytes): its CRC32C is " +
-                                        number(crc) + ", the header says " + number(crcs.body));
-  }
+  message.header = check_header(keep(kHeaderBytes), bytes.size(), crcs);
+  const bool bulk = message.header.kind == Kind::data || message.header.kind == Kind::region;
   const std::size_t records = message.header.records;
-  const std::size_t offset = payload_offset(records) - kHeaderBytes;
+  const std::size_t offset = payload_offset(records);
+  const std::span<const std::byte> inner = keep(bulk ? offset : bytes.size());
+  message.payload = bulk ? bytes.subspan(offset) : inner.subspan(offset);
+  if ((message.header.flags & kBodyChecksum) != 0) {
+    const std::uint32_t crc =
+        crc32c(message.payload, crc32c(inner.subspan(kHeaderBytes, offset - kHeaderBytes)));
+    if (crc != crcs.body) {
+      throw Error(ErrorCode::corrupt,
+                  "message body (" + std::string(to_string(message.header.kind)) + ", " +
+                      number(bytes.size() - kHeaderBytes) + " bytes): its CRC32C is " +
+                      number(crc) + ", the header says " + number(crcs.body));
+    }
+  }
+  const std::span<const std::byte> table = inner.subspan(kHeaderBytes, records * kRecordBytes);
   const std::span<const std::byte> padding =
-      body.subspan(records * kRecordBytes, offset - records * kRecordBytes);
+      inner.subspan(kHeaderBytes + table.size(), offset - kHeaderBytes - table.size());
   if (std::any_of(padding.begin(), padding.end(), [](std::byte b) { return b != std::byte{0}; })) {
     refuse("the padding after its records is not 0");
   }
   message.records.resize(records);
-  if (records != 0) std::memcpy(message.records.data(), body.data(), records * kRecordBytes);
-  message.payload = body.subspan(offset);
+  if (records != 0) std::memcpy(message.records.data(), table.data(), table.size());
 }
 
 RoundTotals read_round_totals(std::span<const std::byte> payload) {

@@ -115,7 +115,7 @@ class PatchReceiver {
   void take_verify(const wire::Message& message, Deadline deadline);
   void take_region(const wire::Message& message);
   void take_region_end(const wire::Message& message);
-  void take_finish(Deadline deadline);
+  void take_finish(const wire::Header& finish, Deadline deadline);
   void complete_rounds(Deadline deadline);
   std::uint64_t check_records(const wire::Message& message) const;
   void write_records(const wire::Message& message, std::uint64_t end_slot);
@@ -133,7 +133,7 @@ class PatchReceiver {
   bool hello_seen_ = false;
   RoundLedger ledger_;
   std::vector<Generations> generations_;  // per layer
-  std::vector<std::byte> staging_;
+  std::vector<std::byte> private_;  // what of a message the peer must not change any more
   std::vector<SlotRange> fresh_;
   std::vector<SlotRange> batch_;
 

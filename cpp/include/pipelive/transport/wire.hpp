@@ -129,8 +129,8 @@ void write_header(std::span<std::byte> message, const Header& header, std::uint3
 [[nodiscard]] std::vector<std::byte> small_message(Header header,
                                                    std::span<const std::byte> payload = {});
 
-/// A message whose frame was checked. `payload` refers to the bytes it was opened from or, where a
-/// copy was asked for, to that copy.
+/// A message whose frame was checked. `payload` refers to the bytes it was opened from or, where it
+/// was copied, to the copy.
 struct Message {
   Header header;
   std::vector<Record> records;
@@ -138,13 +138,15 @@ struct Message {
 };
 
 /// Checks the frame of what arrived: magic, version, header CRC, kind, flags, reserved fields, and
-/// that the sizes fill `bytes` exactly; then the body's CRC if the message carries one.
+/// that the sizes fill `bytes` exactly; then the body's CRC if the message carries one. Throws
+/// Error(protocol), or Error(corrupt) where a CRC does not agree.
 ///
-/// `copy`, where not empty, is at least as large as `bytes`: the message is first copied there, and
-/// only the copy is looked at, so that a peer which still can write into `bytes` cannot change what
-/// was checked. Throws Error(protocol), or Error(corrupt) where a CRC does not agree. `message`
-/// keeps its vector's memory from call to call.
-void open_message(std::span<const std::byte> bytes, std::span<std::byte> copy, Message& message);
+/// `copy` is for a peer that still can write into `bytes`: the header, the records and every
+/// payload that somebody interprets are first copied there, and only the copy is looked at. The
+/// payload of `data` and `region` messages stays where it is: it goes to its place as it is, and
+/// what that peer can do to it between the check and the copy it could have done before the check.
+/// Null where nobody else can write. The vectors keep their memory from call to call.
+void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy, Message& message);
 
 [[nodiscard]] RoundTotals read_round_totals(std::span<const std::byte> payload);
 [[nodiscard]] std::vector<std::byte> write_round_end(const RoundTotals& totals,
