@@ -3,18 +3,23 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "pipelive/base/error.hpp"
 
 namespace pipelive {
 
-PatchLayer PatchLayer::of(const LayerView& view) {
-  if (view.device_kind() != DeviceKind::host) {
+PatchLayer PatchLayer::of(const LayerView& view, std::shared_ptr<SlotCopier> copier) {
+  if (!copier) copier = host_slot_copier();
+  if (view.device_kind() != copier->kind()) {
+    const auto name = [](DeviceKind kind) {
+      return std::string(kind == DeviceKind::host ? "host" : "device");
+    };
     throw Error(ErrorCode::invalid_argument,
-                "layer " + std::to_string(view.layer()) +
-                    " lies in device memory; patches are packed by the host so far");
+                "layer " + std::to_string(view.layer()) + " lies in " + name(view.device_kind()) +
+                    " memory, its copier is for " + name(copier->kind()) + " memory");
   }
-  return {view.layer(), view.layout(), view.memory(), view.blocks()};
+  return {view.layer(), view.layout(), view.memory(), view.blocks(), std::move(copier)};
 }
 
 PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
@@ -23,11 +28,18 @@ PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
   slot_bytes_ = own.slot_bytes();
   std::sort(layers_.begin(), layers_.end(),
             [](const PatchLayer& a, const PatchLayer& b) { return a.layer < b.layer; });
+  copier_ =
+      layers_.empty() || !layers_.front().copier ? host_slot_copier() : layers_.front().copier;
   max_blocks_ = layers_.empty() ? 0 : std::numeric_limits<std::uint64_t>::max();
   for (const PatchLayer& layer : layers_) {
     const std::string name = "layer " + std::to_string(layer.layer);
     if (!ids_.empty() && ids_.back() == layer.layer) {
       throw Error(ErrorCode::invalid_argument, name + " is named twice");
+    }
+    if ((layer.copier ? layer.copier : host_slot_copier()) != copier_) {
+      throw Error(ErrorCode::invalid_argument, name + " has another copier than layer " +
+                                                   std::to_string(ids_.front()) +
+                                                   "; the layers of one session lie on one device");
     }
     if (layer.memory.base == nullptr || layer.memory.num_blocks == 0) {
       throw Error(ErrorCode::invalid_argument, name + " has no memory");

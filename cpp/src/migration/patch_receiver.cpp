@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "pipelive/transport/slot_copy.hpp"
+#include "pipelive/transport/slot_copier.hpp"
 
 namespace pipelive {
 namespace {
@@ -240,36 +240,44 @@ void PatchReceiver::take_data(const wire::Message& message, Deadline deadline) {
   }
   {
     const Access live = access(message, end_slot, deadline);
-    write_records(message, live.slots);
+    write_records(message, live.slots, deadline);
   }
   complete_rounds(deadline);
 }
 
-void PatchReceiver::write_records(const wire::Message& message, std::uint64_t end) {
+void PatchReceiver::write_records(const wire::Message& message, std::uint64_t end,
+                                  Deadline deadline) {
   const std::size_t slot_bytes = layers_.slot_bytes();
 
   std::uint64_t written = 0;
   std::uint64_t overtaken = 0;
   std::uint64_t dropped = 0;
-  std::size_t place = 0;
+  SlotCopier& copier = layers_.copier();
   std::span<const std::byte> batch_bytes;
   std::span<const std::byte> rest = message.payload;
+  std::vector<LayerSlots> batch_slots;
   const auto flush = [&] {
-    if (!batch_.empty()) {
-      const PatchLayer& layer = layers_.all()[place];
-      scatter(layer.layout, layer.memory, batch_, batch_bytes);
+    if (batch_.empty()) return;
+    batch_slots.clear();
+    for (std::size_t i = 0; i < batch_.size();) {
+      const std::size_t first = i;
+      while (i < batch_.size() && batch_places_[i] == batch_places_[first]) ++i;
+      const PatchLayer& layer = layers_.all()[batch_places_[first]];
+      batch_slots.push_back(
+          {&layer.layout, layer.memory, std::span(batch_).subspan(first, i - first)});
     }
+    copier.scatter(batch_slots, {batch_bytes.data(), batch_bytes.size()}, deadline);
     batch_.clear();
+    batch_places_.clear();
     batch_bytes = {};
   };
   batch_.clear();
+  batch_places_.clear();
   for (const wire::Record& record : message.records) {
     const SlotRange range{record.begin, record.count};
     const std::span<const std::byte> bytes = rest.first(range.count * slot_bytes);
     rest = rest.subspan(bytes.size());
-    const auto next_place = static_cast<std::size_t>(layers_.find(record.layer));
-    if (next_place != place) flush();
-    place = next_place;
+    const auto place = static_cast<std::size_t>(layers_.find(record.layer));
     const std::uint64_t inside = range.begin >= end ? 0 : std::min(range.count, end - range.begin);
     dropped += range.count - inside;
     generations_[place].claim({range.begin, inside}, record.generation, fresh_);
@@ -278,19 +286,23 @@ void PatchReceiver::write_records(const wire::Message& message, std::uint64_t en
     overtaken += inside - claimed;
     written += claimed;
     if (claimed == range.count) {
-      // Records of one layer that lie one behind the other in the payload go out together.
+      // Records that lie one behind the other in the payload go out together.
       batch_bytes =
           batch_.empty() ? bytes : std::span(batch_bytes.data(), batch_bytes.size() + bytes.size());
       batch_.push_back(range);
+      batch_places_.push_back(place);
       continue;
     }
     flush();
     const PatchLayer& layer = layers_.all()[place];
     for (const SlotRange& part : fresh_) {
-      scatter_part(layer.layout, layer.memory, range, bytes, part);
+      copier.scatter_part(layer.layout, layer.memory, range, {bytes.data(), bytes.size()}, part,
+                          deadline);
     }
   }
   flush();
+  // What leaves this function under the lock on the memory must not be written to any more.
+  copier.finish(deadline);
   const std::lock_guard lock(mutex_);
   stats_.records += message.records.size();
   stats_.slots += written;
@@ -349,7 +361,8 @@ void PatchReceiver::take_verify(const wire::Message& message, Deadline deadline)
                                              " that are mapped");
     }
     for (const PatchLayer& layer : layers_.all()) {
-      digests.push_back(digest(layer.layout, layer.memory, batch_));
+      digests.push_back(
+          layers_.copier().digest({&layer.layout, layer.memory, batch_}, 0, deadline));
     }
   }
   wire::Header head;

@@ -134,27 +134,21 @@ void PatchSender::send_payload(wire::Header head, std::span<const std::byte> pay
 }
 
 std::uint32_t PatchSender::pack(std::span<const wire::Record> records, std::span<std::byte> payload,
-                                std::uint32_t crc) {
+                                std::uint32_t crc, Deadline deadline) {
   std::vector<SlotRange> ranges;
-  std::size_t done = 0;
+  ranges.reserve(records.size());  // the spans below refer to it
+  std::vector<LayerSlots> slots;
   for (std::size_t i = 0; i < records.size();) {
     const std::uint32_t layer = records[i].layer;
-    ranges.clear();
-    std::uint64_t slots = 0;
+    const std::size_t first = ranges.size();
     for (; i < records.size() && records[i].layer == layer; ++i) {
       ranges.push_back({records[i].begin, records[i].count});
-      slots += records[i].count;
     }
     const PatchLayer& place = layers_.all()[layers_.at(layer)];
-    const std::span<std::byte> out = payload.subspan(done, slots * layers_.slot_bytes());
-    if (options_.checksum) {
-      crc = gather_crc(place.layout, place.memory, ranges, out, crc);
-    } else {
-      gather(place.layout, place.memory, ranges, out);
-    }
-    done += out.size();
+    slots.push_back({&place.layout, place.memory, std::span(ranges).subspan(first)});
   }
-  return crc;
+  return layers_.copier().gather(slots, {payload.data(), payload.size()}, options_.checksum, crc,
+                                 deadline);
 }
 
 void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, std::uint64_t slots,
@@ -187,7 +181,7 @@ void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, 
       wire::write_records(message, records);
       const std::uint32_t crc =
           pack(records, message.subspan(wire::payload_offset(kept), head.payload_bytes),
-               options_.checksum ? wire::records_crc(message, kept) : 0);
+               options_.checksum ? wire::records_crc(message, kept) : 0, deadline);
       wire::write_header(message, head, crc);
     }
   }
@@ -361,7 +355,8 @@ std::uint64_t PatchSender::verify(std::span<const SlotRange> ranges, Deadline de
         const std::vector<Residency::Use> uses = layers_.use();
         static_cast<void>(count_slots(request, mapped_slots()));
         for (const PatchLayer& layer : layers_.all()) {
-          own.push_back(digest(layer.layout, layer.memory, request));
+          own.push_back(
+              layers_.copier().digest({&layer.layout, layer.memory, request}, 0, deadline));
         }
       }
       std::unique_lock lock(mutex_);

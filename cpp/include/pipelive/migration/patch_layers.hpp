@@ -9,6 +9,7 @@
 #include "pipelive/kv/layer_view.hpp"
 #include "pipelive/kv/residency.hpp"
 #include "pipelive/kv/spec.hpp"
+#include "pipelive/transport/slot_copier.hpp"
 
 namespace pipelive {
 
@@ -20,17 +21,22 @@ struct PatchLayer {
   /// Says which blocks are mapped, and keeps them so while they are used. Empty where all blocks of
   /// `memory` always are.
   std::shared_ptr<const BlockMemory> blocks;
+  /// Packs and unpacks the layer's slots; empty stands for host_slot_copier().
+  std::shared_ptr<SlotCopier> copier = nullptr;
 
-  /// Throws Error(invalid_argument) for memory that the host does not reach.
-  [[nodiscard]] static PatchLayer of(const LayerView& view);
+  /// `copier` is for the device that the layer lies on; layers in host memory need none. Throws
+  /// Error(invalid_argument) where it is for another kind of device.
+  [[nodiscard]] static PatchLayer of(const LayerView& view,
+                                     std::shared_ptr<SlotCopier> copier = nullptr);
 };
 
 /// The moving layers of a session, ascending. Their memory order may differ from the peer's and
-/// from each other's; what travels may not.
+/// from each other's, and so may the peer's kind of device; what travels may not. The layers of one
+/// end share one copier.
 class PatchLayers {
  public:
-  /// Throws Error(invalid_argument) naming the layer: named twice, without memory, or with a block
-  /// size or a slot size that is not that of `spec`.
+  /// Throws Error(invalid_argument) naming the layer: named twice, without memory, with a copier
+  /// of its own, or with a block size or a slot size that is not that of `spec`.
   PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers);
 
   [[nodiscard]] const KVSpec& spec() const noexcept { return spec_; }
@@ -41,6 +47,9 @@ class PatchLayers {
   [[nodiscard]] std::ptrdiff_t find(std::uint32_t layer) const noexcept;
   /// The same for a layer that a caller named; throws Error(invalid_argument).
   [[nodiscard]] std::size_t at(std::uint32_t layer) const;
+
+  /// Packs and unpacks the slots of all these layers; one thread at a time uses it.
+  [[nodiscard]] SlotCopier& copier() const noexcept { return *copier_; }
 
   /// Bytes of one slot of one layer, as it travels.
   [[nodiscard]] std::size_t slot_bytes() const noexcept { return slot_bytes_; }
@@ -59,6 +68,7 @@ class PatchLayers {
   KVSpec spec_;
   std::vector<PatchLayer> layers_;
   std::vector<std::uint32_t> ids_;
+  std::shared_ptr<SlotCopier> copier_;
   std::vector<std::shared_ptr<const BlockMemory>> memories_;  // each once
   std::size_t slot_bytes_ = 0;
   std::uint64_t max_blocks_ = 0;

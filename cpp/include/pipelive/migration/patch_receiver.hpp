@@ -118,7 +118,7 @@ class PatchReceiver {
   void take_finish(const wire::Header& finish, Deadline deadline);
   void complete_rounds(Deadline deadline);
   std::uint64_t check_records(const wire::Message& message) const;
-  void write_records(const wire::Message& message, std::uint64_t end_slot);
+  void write_records(const wire::Message& message, std::uint64_t end_slot, Deadline deadline);
   Access access(const wire::Message& message, std::uint64_t end_slot, Deadline deadline);
   void reply(wire::Header header, std::span<const std::byte> payload, Deadline deadline);
   void tell_abort(const Error& error) noexcept;
@@ -136,6 +136,7 @@ class PatchReceiver {
   std::vector<std::byte> private_;  // what of a message the peer must not change any more
   std::vector<SlotRange> fresh_;
   std::vector<SlotRange> batch_;
+  std::vector<std::size_t> batch_places_;  // of batch_, in layers_
 
   // Held while anything live is written or read; guards the capacity.
   std::mutex memory_mutex_;

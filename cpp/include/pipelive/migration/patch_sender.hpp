@@ -95,7 +95,7 @@ class PatchSender {
   void send_data(wire::Header head, std::span<wire::Record> records, std::uint64_t slots,
                  Deadline deadline, RoundStats& stats);
   std::uint32_t pack(std::span<const wire::Record> records, std::span<std::byte> payload,
-                     std::uint32_t crc);
+                     std::uint32_t crc, Deadline deadline);
   [[nodiscard]] std::uint64_t mapped_slots() const;
   [[nodiscard]] std::vector<SlotRange> resident(std::span<const SlotRange> ranges,
                                                 std::uint64_t& skipped) const;
