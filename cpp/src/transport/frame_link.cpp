@@ -15,6 +15,8 @@ static_assert(std::endian::native == std::endian::little);
 constexpr std::chrono::seconds kNotePatience{5};
 // The reading thread is woken by what comes and by close; the slice only bounds one call.
 constexpr std::chrono::seconds kReadSlice{1};
+// How long the reading thread may take for what a peer has left behind.
+constexpr std::chrono::seconds kLastWords{1};
 constexpr std::size_t kSpareBuffers = 4;
 
 std::size_t framed(std::size_t bytes) {
@@ -145,9 +147,15 @@ void FrameLink::send(const Note& note, std::span<const std::byte> message, Deadl
     }
     channel_->submit(frame.size(), deadline);
   } catch (const Error& error) {
+    std::unique_lock held(mutex_);
+    if (error.code() == ErrorCode::closed) {
+      // What the peer sent before it went, its reason perhaps, is still being read.
+      changed_.wait_for(held, kLastWords, [&] { return failure_.has_value(); });
+    }
+    held.unlock();
     // Half a frame may be on its way; and a peer that misses a note waits in vain.
     fail(error);
-    std::unique_lock held(mutex_);
+    held.lock();
     check(held);
     throw;
   }
