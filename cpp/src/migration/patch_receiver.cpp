@@ -86,8 +86,8 @@ void PatchReceiver::receive_all(Deadline deadline) {
   std::vector<std::byte>* const copy = channel_->peer_can_write_received() ? &private_ : nullptr;
   wire::Beside beside;
   beside.crc = [&](std::span<const std::byte> bytes, std::uint32_t seed) {
-    return layers_.copier().crc(
-        {bytes.data(), bytes.size(), channel_->bulk_device()->info().kind}, seed, deadline);
+    return layers_.copier().crc({bytes.data(), bytes.size(), channel_->bulk_device()->info().kind},
+                                seed, deadline);
   };
   for (bool more = true; more;) {
     const std::span<const std::byte> bytes = channel_->receive(deadline);

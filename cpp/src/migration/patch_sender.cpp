@@ -170,9 +170,8 @@ std::uint64_t PatchSender::room(std::size_t records, std::uint64_t slots) const 
   const std::size_t used = wire::message_bytes(records + 1, slots * slot_bytes);
   if (max_beside_ == 0) return used >= max_message_ ? 0 : (max_message_ - used) / slot_bytes;
   if (wire::message_bytes(records + 1, 0) > max_message_) return 0;
-  const std::uint64_t all = used >= options_.max_message_bytes
-                                ? 0
-                                : (options_.max_message_bytes - used) / slot_bytes;
+  const std::uint64_t all =
+      used >= options_.max_message_bytes ? 0 : (options_.max_message_bytes - used) / slot_bytes;
   return std::min<std::uint64_t>(all, max_beside_ / slot_bytes - slots);
 }
 
@@ -213,9 +212,8 @@ void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, 
       size = wire::message_bytes(kept, head.payload_bytes - beside);
       wire::write_records(message, records);
       const Packed payload =
-          beside == 0
-              ? Packed{message.data() + wire::payload_offset(kept), head.payload_bytes}
-              : Packed{bulk.data, beside, channel_->bulk_device()->info().kind};
+          beside == 0 ? Packed{message.data() + wire::payload_offset(kept), head.payload_bytes}
+                      : Packed{bulk.data, beside, channel_->bulk_device()->info().kind};
       const std::uint32_t crc = pack(
           records, payload, options_.checksum ? wire::records_crc(message, kept) : 0, deadline);
       wire::write_header(message, head, crc);
@@ -295,8 +293,8 @@ RoundStats PatchSender::send_round(std::uint64_t round, std::int64_t through_seq
     for (const std::uint32_t id : ids) {
       for (SlotRange rest : kept) {
         while (rest.count != 0) {
-          std::uint64_t take = std::min<std::uint64_t>(
-              {room(records.size(), slots), rest.count, 0xFFFFFFFFULL});
+          std::uint64_t take =
+              std::min<std::uint64_t>({room(records.size(), slots), rest.count, 0xFFFFFFFFULL});
           if (take < rest.count) {
             // Cut at the end of a block, so that whole blocks stay one copy.
             const std::uint64_t end = (rest.begin + take) / block * block;
@@ -417,8 +415,7 @@ void PatchSender::send_region_piece(wire::Header head, ConstPacked piece, Deadli
   const std::size_t inside = max_beside_ == 0 ? piece.bytes : 0;
   head.payload_bytes = piece.bytes;
   limit_.charge(wire::message_bytes(0, piece.bytes), deadline);
-  const std::span<std::byte> message =
-      channel_->acquire(wire::message_bytes(0, inside), deadline);
+  const std::span<std::byte> message = channel_->acquire(wire::message_bytes(0, inside), deadline);
   Packed payload{message.data() + wire::payload_offset(0), piece.bytes};
   if (inside == 0) {
     head.flags |= wire::kPayloadBeside;
@@ -436,8 +433,8 @@ void PatchSender::send_region_piece(wire::Header head, ConstPacked piece, Deadli
   channel_->submit(message.size(), deadline, piece.bytes - inside);
 }
 
-void PatchSender::send_region(std::uint64_t id, std::span<const std::byte> bytes,
-                              Deadline deadline, DeviceKind where) {
+void PatchSender::send_region(std::uint64_t id, std::span<const std::byte> bytes, Deadline deadline,
+                              DeviceKind where) {
   const std::string phase = "region " + std::to_string(id);
   guarded(phase.c_str(), true, [&] {
     start(deadline);

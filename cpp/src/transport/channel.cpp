@@ -37,8 +37,8 @@ Bulk Channel::acquire_bulk(std::size_t bytes, Deadline deadline) {
 }
 
 Bulk Channel::do_acquire_bulk(std::size_t bytes, Deadline /*deadline*/) {
-  throw Error(ErrorCode::invalid_argument, "no place for " + std::to_string(bytes) +
-                                               " bytes beside a message of this channel");
+  throw Error(ErrorCode::invalid_argument,
+              "no place for " + std::to_string(bytes) + " bytes beside a message of this channel");
 }
 
 void Channel::submit(std::size_t bytes, Deadline deadline, std::size_t bulk_bytes) {

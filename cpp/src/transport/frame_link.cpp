@@ -216,8 +216,8 @@ void FrameLink::fail(const Error& error) noexcept {
 void FrameLink::end(bool cancelled) noexcept {
   {
     const std::lock_guard lock(mutex_);
-    const bool again = stopping_ && failure_ &&
-                       (!cancelled || failure_->code() == ErrorCode::cancelled);
+    const bool again =
+        stopping_ && failure_ && (!cancelled || failure_->code() == ErrorCode::cancelled);
     if (!again) {
       stopping_ = true;
       failure_ = cancelled ? Error(ErrorCode::cancelled, "the channel was cancelled")

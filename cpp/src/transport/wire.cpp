@@ -233,8 +233,8 @@ void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy
                                      : inner.subspan(offset);
   if ((message.header.flags & kBodyChecksum) != 0) {
     const std::uint32_t seed = crc32c(inner.subspan(kHeaderBytes, offset - kHeaderBytes));
-    const std::uint32_t crc = message.beside() ? beside->crc(message.payload, seed)
-                                               : crc32c(message.payload, seed);
+    const std::uint32_t crc =
+        message.beside() ? beside->crc(message.payload, seed) : crc32c(message.payload, seed);
     if (crc != crcs.body) {
       throw Error(ErrorCode::corrupt,
                   "message body (" + std::string(to_string(message.header.kind)) + ", " +

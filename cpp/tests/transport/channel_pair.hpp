@@ -18,7 +18,7 @@
 
 namespace pipelive::test {
 
-enum class ChannelKind { shm, tcp, p2p };
+enum class ChannelKind { shm, tcp, p2p, nccl };
 
 inline std::string name_of(ChannelKind kind) {
   switch (kind) {
@@ -28,6 +28,8 @@ inline std::string name_of(ChannelKind kind) {
       return "tcp";
     case ChannelKind::p2p:
       return "p2p";
+    case ChannelKind::nccl:
+      return "nccl";
   }
   return "?";
 }
@@ -74,6 +76,16 @@ struct ChannelPair {
 inline ChannelPair make_channels(ChannelKind kind, std::size_t ring_bytes,
                                  const TcpOptions& options);
 
+/// The kinds that a suite runs over; the tests of the CUDA part run the same files over theirs.
+#ifdef PIPELIVE_TEST_CHANNEL_KINDS
+#define PIPELIVE_CHANNEL_KINDS ::testing::Values(PIPELIVE_TEST_CHANNEL_KINDS)
+/// Defined there: two connected ends with a window of `window` bytes.
+ChannelPair make_device_channels(ChannelKind kind, std::size_t window);
+#else
+#define PIPELIVE_CHANNEL_KINDS \
+  ::testing::Values(ChannelKind::shm, ChannelKind::tcp, ChannelKind::p2p)
+#endif
+
 /// Staging of `from`, as the process of `to` would map it.
 inline std::unique_ptr<PeerStaging> mapped(Device& to, const Staging& from) {
   return std::make_unique<PeerStaging>(to, from.export_memory(), from.shape());
@@ -99,6 +111,11 @@ inline ChannelPair make_peers(const std::shared_ptr<Device>& a, const std::share
 
 inline ChannelPair make_channels(ChannelKind kind, std::size_t ring_bytes = std::size_t{1} << 20,
                                  const TcpOptions& options = {}) {
+#ifdef PIPELIVE_TEST_CHANNEL_KINDS
+  if (kind == ChannelKind::p2p || kind == ChannelKind::nccl) {
+    return make_device_channels(kind, ring_bytes);
+  }
+#endif
   if (kind == ChannelKind::p2p) {
     return make_peers(std::make_shared<HostDevice>(), std::make_shared<HostDevice>(), ring_bytes);
   }

@@ -136,7 +136,7 @@ class PatchReceiver {
   bool hello_seen_ = false;
   RoundLedger ledger_;
   std::vector<Generations> generations_;  // per layer
-  std::vector<std::byte> private_;  // what of a message the peer must not change any more
+  std::vector<std::byte> private_;        // what of a message the peer must not change any more
   std::vector<SlotRange> fresh_;
   std::vector<SlotRange> batch_;
   std::vector<std::size_t> batch_places_;  // of batch_, in layers_

@@ -67,8 +67,8 @@ class Channel {
   [[nodiscard]] std::span<std::byte> acquire(std::size_t bytes, Deadline deadline);
   /// A place of `bytes` (at least 1) beside the buffer lent last, aligned to 256.
   [[nodiscard]] Bulk acquire_bulk(std::size_t bytes, Deadline deadline);
-  /// Sends the first `bytes` of the buffer lent last, and the first `bulk_bytes` of the place beside
-  /// it once its stream is done with them; 0 `bytes` gives both back unused.
+  /// Sends the first `bytes` of the buffer lent last, and the first `bulk_bytes` of the place
+  /// beside it once its stream is done with them; 0 `bytes` gives both back unused.
   void submit(std::size_t bytes, Deadline deadline, std::size_t bulk_bytes = 0);
 
   /// The next message; throws Error(timeout) where none has arrived by the deadline.
@@ -101,7 +101,7 @@ class Channel {
  private:
   std::size_t lent_ = 0;       // bytes of the buffer that the sender holds
   std::size_t lent_bulk_ = 0;  // and of the place beside it
-  bool receiving_ = false;  // a received message was not yet released
+  bool receiving_ = false;     // a received message was not yet released
   std::atomic<std::uint64_t> messages_sent_{0};
   std::atomic<std::uint64_t> bytes_sent_{0};
   std::atomic<std::uint64_t> messages_received_{0};

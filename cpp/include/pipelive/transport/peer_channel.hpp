@@ -11,7 +11,8 @@
 namespace pipelive {
 
 /// Two processes of one host whose devices reach each other's memory ("p2p"): the receiver maps the
-/// sender's staging and reads payloads straight from it; messages and notes go over another channel.
+/// sender's staging and reads payloads straight from it; messages and notes go over another
+/// channel.
 ///
 /// A piece belongs to the sender until its message is submitted, then to the receiver until that
 /// releases the message. The sender waits for its own stream before it tells, the receiver for its
@@ -24,10 +25,10 @@ class PeerChannel final : public Channel {
  public:
   struct Options {
     std::shared_ptr<Device> device;
-    Stream stream;                              ///< of this end's copies
-    std::shared_ptr<const void> stream_owner;   ///< kept as long as the channel
-    std::unique_ptr<Staging> own;               ///< where this end sends from; may be null
-    std::unique_ptr<PeerStaging> peer;          ///< where the peer sends from; may be null
+    Stream stream;                                    ///< of this end's copies
+    std::shared_ptr<const void> stream_owner;         ///< kept as long as the channel
+    std::unique_ptr<Staging> own;                     ///< where this end sends from; may be null
+    std::unique_ptr<PeerStaging> peer;                ///< where the peer sends from; may be null
     std::size_t window_bytes = std::size_t{8} << 20;  ///< the same at both ends
   };
 

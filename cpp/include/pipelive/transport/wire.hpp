@@ -56,7 +56,7 @@ enum class Kind : std::uint8_t {
 
 [[nodiscard]] std::string_view to_string(Kind kind) noexcept;
 
-inline constexpr std::uint8_t kBodyChecksum = 1;  ///< flag: the body CRC is filled in
+inline constexpr std::uint8_t kBodyChecksum = 1;   ///< flag: the body CRC is filled in
 inline constexpr std::uint8_t kPayloadBeside = 2;  ///< flag: the payload lies beside the message
 inline constexpr std::uint32_t kEveryLayer = 0xFFFFFFFFU;
 
