@@ -62,8 +62,7 @@ std::string Driver::device_name(int ordinal) const {
   return name.data();
 }
 
-void Driver::check(Result result, std::string_view call) const {
-  if (result == kSuccess) return;
+void Driver::fail(Result result, std::string_view call) const {
   const char* name = nullptr;
   const char* text = nullptr;
   if (api_.get_error_name(result, &name) != kSuccess || name == nullptr) name = "unknown error";

@@ -1,285 +1,458 @@
-// A stand-in for libcuda: device memory is host memory and the one kernel is a loop. It records the
-// calls, so that tests can check their order, and can make any of them fail.
+// The stand-in for libcuda: devices, contexts, modules and the one kernel, and what tests ask of
+// it.
 #include "fake_driver.hpp"
 
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
 #include <string>
 
+#include "fake_state.hpp"
+
+namespace pipelive::cuda {
+namespace fake {
 namespace {
 
-constexpr int kInvalidValue = 1;
-constexpr int kOutOfMemory = 2;
-constexpr int kNoDevice = 100;
-constexpr int kNotFound = 500;
+char module_tag;
+char function_tag;
 
-struct State {
-  std::string calls;
-  std::string failing;
-  int failure = 0;
-  int held = 0;
-  int devices = 1;
-  int current_depth = 0;
-};
+int default_attribute(DeviceAttribute attribute) {
+  switch (attribute) {
+    case DeviceAttribute::compute_capability_major:
+      return 9;
+    case DeviceAttribute::warp_size:
+      return 32;
+    case DeviceAttribute::multiprocessor_count:
+      return 4;
+    case DeviceAttribute::async_engine_count:
+      return 3;
+    case DeviceAttribute::max_shared_memory_per_block:
+      return 48 << 10;
+    case DeviceAttribute::max_shared_memory_per_block_optin:
+      return 227 << 10;
+    case DeviceAttribute::max_shared_memory_per_multiprocessor:
+      return 228 << 10;
+    case DeviceAttribute::l2_cache_bytes:
+      return 50 << 20;
+    case DeviceAttribute::unified_addressing:
+    case DeviceAttribute::host_registered_same_pointer:
+    case DeviceAttribute::cooperative_launch:
+    case DeviceAttribute::virtual_memory_supported:
+    case DeviceAttribute::posix_handle_supported:
+    case DeviceAttribute::rdma_with_vmm_supported:
+      return 1;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace
 
 State& state() {
   static State instance;
   return instance;
 }
 
-int record(const char* symbol) {
+void reset() {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  release_all_memory();
+  for (FakeStream* stream : s.streams) delete stream;
+  for (FakeEvent* event : s.events) delete event;
+  s.streams.clear();
+  s.events.clear();
+  s.calls.clear();
+  s.counts.clear();
+  s.failures.clear();
+  s.mistakes.clear();
+  s.device_count = 1;
+  s.total_bytes = std::size_t{4} << 30;
+  s.granularity = std::size_t{2} << 20;
+  s.attributes.clear();
+  s.broken = kSuccess;
+  s.devices.clear();
+  s.peers.clear();
+  s.modules = 0;
+  ++s.generation;
+}
+
+std::vector<ContextHandle>& current_contexts() {
+  thread_local std::vector<ContextHandle> contexts;
+  thread_local std::uint64_t generation = 0;
+  if (generation != state().generation) contexts.clear();
+  generation = state().generation;
+  return contexts;
+}
+
+int device_of(ContextHandle context) {
+  for (auto& [ordinal, device] : state().devices) {
+    if (reinterpret_cast<ContextHandle>(&device.context_tag) == context) return ordinal;
+  }
+  return -1;
+}
+
+int current_device() {
+  return current_contexts().empty() ? -1 : device_of(current_contexts().back());
+}
+
+void mistake(const std::string& text) {
+  state().mistakes += text + '\n';
+}
+
+Result enter(const char* symbol) {
   State& s = state();
   s.calls += symbol;
   s.calls += '\n';
-  if (s.failing != symbol) return 0;
-  s.failing.clear();
-  return s.failure;
+  const std::uint64_t number = ++s.counts[symbol];
+  const auto failure = s.failures.find(symbol);
+  if (failure == s.failures.end() || failure->second.at != number) return kSuccess;
+  const int result = failure->second.result;
+  s.failures.erase(failure);
+  return result;
 }
 
-int needs_context(int result) {
-  constexpr int kInvalidContext = 201;
-  return result == 0 && state().current_depth == 0 ? kInvalidContext : result;
+Result enter_context(const char* symbol) {
+  if (const Result result = enter(symbol)) return result;
+  if (current_contexts().empty()) {
+    mistake(std::string(symbol) + " without a current context");
+    return kInvalidContext;
+  }
+  return state().broken;
 }
 
-char context_tag;
-char module_tag;
-char function_tag;
+}  // namespace fake
 
-}  // namespace
+using fake::enter;
+using fake::enter_context;
+using fake::state;
+using Lock = std::lock_guard<std::recursive_mutex>;
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT void fake_driver_reset() {
-  state() = State{};
+FAKE_EXPORT void fake_driver_reset() {
+  fake::reset();
 }
-EXPORT const char* fake_driver_calls() {
+FAKE_EXPORT const char* fake_driver_calls() {
   return state().calls.c_str();
 }
-EXPORT int fake_driver_held() {
-  return state().held;
+FAKE_EXPORT std::uint64_t fake_driver_count(const char* symbol) {
+  const Lock lock(state().mutex);
+  return state().counts[symbol];
 }
-EXPORT void fake_driver_devices(int count) {
-  state().devices = count;
+FAKE_EXPORT void fake_driver_fail_nth(const char* symbol, std::uint64_t nth, int result) {
+  const Lock lock(state().mutex);
+  if (nth == 0) {
+    state().failures.erase(symbol);
+  } else {
+    state().failures[symbol] = {state().counts[symbol] + nth, result};
+  }
 }
-EXPORT void fake_driver_fail(const char* symbol, int result) {
-  state().failing = symbol;
-  state().failure = result;
+FAKE_EXPORT void fake_driver_fail(const char* symbol, int result) {
+  fake_driver_fail_nth(symbol, 1, result);
+}
+FAKE_EXPORT int fake_driver_held() {
+  const auto& s = state();
+  const Lock lock(state().mutex);
+  int retained = 0;
+  for (const auto& [ordinal, device] : s.devices) retained += device.retained;
+  return retained + s.modules +
+         static_cast<int>(s.buffers.size() + s.pinned.size() + s.handles.size() +
+                          s.reservations.size() + s.streams.size() + s.events.size());
+}
+FAKE_EXPORT void fake_driver_devices(int count) {
+  state().device_count = count;
+}
+FAKE_EXPORT void fake_driver_memory(std::uint64_t bytes) {
+  state().total_bytes = bytes;
+}
+FAKE_EXPORT void fake_driver_granularity(std::uint64_t bytes) {
+  state().granularity = bytes;
+}
+FAKE_EXPORT void fake_driver_attribute(int attribute, int value) {
+  state().attributes[attribute] = value;
+}
+FAKE_EXPORT const char* fake_driver_mistakes() {
+  return state().mistakes.c_str();
 }
 
-EXPORT int cuGetErrorName(int error, const char** name) {
+FAKE_EXPORT Result cuGetErrorName(Result error, const char** name) {
   switch (error) {
     case kInvalidValue:
       *name = "CUDA_ERROR_INVALID_VALUE";
-      return 0;
+      return kSuccess;
     case kOutOfMemory:
       *name = "CUDA_ERROR_OUT_OF_MEMORY";
-      return 0;
+      return kSuccess;
     case kNoDevice:
       *name = "CUDA_ERROR_NO_DEVICE";
-      return 0;
+      return kSuccess;
     case kNotFound:
       *name = "CUDA_ERROR_NOT_FOUND";
-      return 0;
+      return kSuccess;
+    case kIllegalAddress:
+      *name = "CUDA_ERROR_ILLEGAL_ADDRESS";
+      return kSuccess;
     default:
       *name = nullptr;
       return kInvalidValue;
   }
 }
 
-EXPORT int cuGetErrorString(int error, const char** text) {
+FAKE_EXPORT Result cuGetErrorString(Result error, const char** text) {
   *text = error == kNotFound ? "named symbol not found" : nullptr;
-  return error == kNotFound ? 0 : kInvalidValue;
+  return error == kNotFound ? kSuccess : kInvalidValue;
 }
 
-EXPORT int cuInit(unsigned /*flags*/) {
-  return record("cuInit");
+FAKE_EXPORT Result cuInit(unsigned /*flags*/) {
+  const Lock lock(state().mutex);
+  return enter("cuInit");
 }
 
-EXPORT int cuDriverGetVersion(int* version) {
+FAKE_EXPORT Result cuDriverGetVersion(int* version) {
   *version = 12080;
-  return 0;
+  return kSuccess;
 }
 
-EXPORT int cuDeviceGetCount(int* count) {
-  *count = state().devices;
-  return record("cuDeviceGetCount");
+FAKE_EXPORT Result cuDeviceGetCount(int* count) {
+  const Lock lock(state().mutex);
+  *count = state().device_count;
+  return enter("cuDeviceGetCount");
 }
 
-EXPORT int cuDeviceGet(int* device, int ordinal) {
+FAKE_EXPORT Result cuDeviceGet(DeviceOrdinal* device, int ordinal) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter("cuDeviceGet")) return result;
+  if (ordinal < 0 || ordinal >= state().device_count) return kInvalidDevice;
   *device = ordinal;
-  return record("cuDeviceGet");
+  return kSuccess;
 }
 
-EXPORT int cuDeviceGetName(char* name, int bytes, int /*device*/) {
+FAKE_EXPORT Result cuDeviceGetName(char* name, int bytes, DeviceOrdinal /*device*/) {
+  const Lock lock(state().mutex);
   std::strncpy(name, "Fake device", static_cast<std::size_t>(bytes));
-  return record("cuDeviceGetName");
+  return enter("cuDeviceGetName");
 }
 
-EXPORT int cuDevicePrimaryCtxRetain(void** context, int /*device*/) {
-  if (const int result = record("cuDevicePrimaryCtxRetain")) return result;
-  *context = &context_tag;
-  ++state().held;
-  return 0;
+FAKE_EXPORT Result cuDeviceGetAttribute(int* value, DeviceAttribute attribute,
+                                        DeviceOrdinal device) {
+  const Lock lock(state().mutex);
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  const auto chosen = state().attributes.find(static_cast<int>(attribute));
+  *value = chosen != state().attributes.end() ? chosen->second : fake::default_attribute(attribute);
+  return kSuccess;
 }
 
-EXPORT int cuDevicePrimaryCtxRelease_v2(int /*device*/) {
-  --state().held;
-  return record("cuDevicePrimaryCtxRelease");
+FAKE_EXPORT Result cuDeviceTotalMem_v2(std::size_t* bytes, DeviceOrdinal /*device*/) {
+  *bytes = state().total_bytes;
+  return kSuccess;
 }
 
-EXPORT int cuCtxPushCurrent_v2(void* context) {
-  if (const int result = record("cuCtxPushCurrent")) return result;
-  if (context != &context_tag) return kInvalidValue;
-  ++state().current_depth;
-  return 0;
+FAKE_EXPORT Result cuDeviceGetUuid_v2(Uuid* uuid, DeviceOrdinal device) {
+  std::memset(uuid->bytes, 0, sizeof uuid->bytes);
+  uuid->bytes[15] = static_cast<char>(device + 1);
+  return kSuccess;
 }
 
-EXPORT int cuCtxPopCurrent_v2(void** context) {
-  *context = &context_tag;
-  --state().current_depth;
-  return record("cuCtxPopCurrent");
+FAKE_EXPORT Result cuDeviceGetPCIBusId(char* text, int bytes, DeviceOrdinal device) {
+  const std::string id = "0000:0" + std::to_string(device) + ":00.0";
+  std::strncpy(text, id.c_str(), static_cast<std::size_t>(bytes));
+  return kSuccess;
 }
 
-EXPORT int cuModuleLoadData(void** module, const void* image) {
-  if (const int result = needs_context(record("cuModuleLoadData"))) return result;
+FAKE_EXPORT Result cuDeviceCanAccessPeer(int* can, DeviceOrdinal device, DeviceOrdinal peer) {
+  *can = device != peer ? 1 : 0;
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuDeviceGetP2PAttribute(int* value, P2PAttribute attribute, DeviceOrdinal source,
+                                           DeviceOrdinal target) {
+  if (source == target) return kInvalidDevice;
+  *value = attribute == P2PAttribute::performance_rank ? 0 : 1;
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuDevicePrimaryCtxRetain(ContextHandle* context, DeviceOrdinal device) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter("cuDevicePrimaryCtxRetain")) return result;
+  fake::FakeDevice& found = state().devices[device];
+  ++found.retained;
+  *context = reinterpret_cast<ContextHandle>(&found.context_tag);
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuDevicePrimaryCtxRelease_v2(DeviceOrdinal device) {
+  const Lock lock(state().mutex);
+  const auto found = state().devices.find(device);
+  if (found == state().devices.end() || found->second.retained == 0) {
+    fake::mistake("cuDevicePrimaryCtxRelease of a context that is not retained");
+    return kInvalidContext;
+  }
+  --found->second.retained;
+  return enter("cuDevicePrimaryCtxRelease");
+}
+
+FAKE_EXPORT Result cuDevicePrimaryCtxGetState(DeviceOrdinal device, unsigned* flags, int* active) {
+  const Lock lock(state().mutex);
+  *flags = 0;
+  *active = state().devices.contains(device) && state().devices[device].retained > 0 ? 1 : 0;
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxPushCurrent_v2(ContextHandle context) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter("cuCtxPushCurrent")) return result;
+  const int device = fake::device_of(context);
+  if (device < 0 || state().devices[device].retained == 0) return kInvalidContext;
+  fake::current_contexts().push_back(context);
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxPopCurrent_v2(ContextHandle* context) {
+  const Lock lock(state().mutex);
+  auto& contexts = fake::current_contexts();
+  if (contexts.empty()) return kInvalidContext;
+  *context = contexts.back();
+  contexts.pop_back();
+  return enter("cuCtxPopCurrent");
+}
+
+FAKE_EXPORT Result cuCtxGetCurrent(ContextHandle* context) {
+  const Lock lock(state().mutex);
+  const auto& contexts = fake::current_contexts();
+  *context = contexts.empty() ? nullptr : contexts.back();
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxSetCurrent(ContextHandle context) {
+  const Lock lock(state().mutex);
+  auto& contexts = fake::current_contexts();
+  if (!contexts.empty()) contexts.pop_back();
+  if (context != nullptr) contexts.push_back(context);
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxGetDevice(DeviceOrdinal* device) {
+  const Lock lock(state().mutex);
+  *device = fake::current_device();
+  return *device < 0 ? kInvalidContext : kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxEnablePeerAccess(ContextHandle peer, unsigned flags) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter_context("cuCtxEnablePeerAccess")) return result;
+  const int other = fake::device_of(peer);
+  if (flags != 0 || other < 0) return kInvalidValue;
+  if (other == fake::current_device()) return kInvalidDevice;
+  return state().peers.emplace(fake::current_device(), other).second ? kSuccess
+                                                                     : kPeerAccessAlreadyEnabled;
+}
+
+FAKE_EXPORT Result cuCtxDisablePeerAccess(ContextHandle peer) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter_context("cuCtxDisablePeerAccess")) return result;
+  return state().peers.erase({fake::current_device(), fake::device_of(peer)}) == 1
+             ? kSuccess
+             : kPeerAccessNotEnabled;
+}
+
+FAKE_EXPORT Result cuModuleLoadData(ModuleHandle* module, const void* image) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter_context("cuModuleLoadData")) return result;
   if (image == nullptr) return kInvalidValue;
-  *module = &module_tag;
-  ++state().held;
-  return 0;
+  *module = reinterpret_cast<ModuleHandle>(&fake::module_tag);
+  ++state().modules;
+  return kSuccess;
 }
 
-EXPORT int cuModuleUnload(void* /*module*/) {
-  --state().held;
-  return needs_context(record("cuModuleUnload"));
+FAKE_EXPORT Result cuModuleUnload(ModuleHandle /*module*/) {
+  const Lock lock(state().mutex);
+  --state().modules;
+  return enter_context("cuModuleUnload");
 }
 
-EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
-  if (const int result = record("cuModuleGetFunction")) return result;
-  if (module != &module_tag) return kInvalidValue;
+FAKE_EXPORT Result cuModuleGetFunction(FunctionHandle* function, ModuleHandle module,
+                                       const char* name) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter("cuModuleGetFunction")) return result;
+  if (module != reinterpret_cast<ModuleHandle>(&fake::module_tag)) return kInvalidValue;
   if (std::strcmp(name, "pipelive_scale_f32") != 0) return kNotFound;
-  *function = &function_tag;
-  return 0;
+  *function = reinterpret_cast<FunctionHandle>(&fake::function_tag);
+  return kSuccess;
 }
 
-EXPORT int cuMemAlloc_v2(std::uint64_t* pointer, std::size_t bytes) {
-  if (const int result = needs_context(record("cuMemAlloc"))) return result;
-  void* memory = std::malloc(bytes);
-  if (memory == nullptr) return kOutOfMemory;
-  *pointer = reinterpret_cast<std::uintptr_t>(memory);
-  ++state().held;
-  return 0;
+FAKE_EXPORT Result cuModuleGetGlobal_v2(DevicePointer* /*pointer*/, std::size_t* /*bytes*/,
+                                        ModuleHandle /*module*/, const char* /*name*/) {
+  const Lock lock(state().mutex);
+  const Result result = enter_context("cuModuleGetGlobal");
+  return result != kSuccess ? result : kNotFound;
 }
 
-EXPORT int cuMemFree_v2(std::uint64_t pointer) {
-  std::free(reinterpret_cast<void*>(pointer));
-  --state().held;
-  return needs_context(record("cuMemFree"));
+FAKE_EXPORT Result cuFuncGetAttribute(int* value, FunctionAttribute attribute,
+                                      FunctionHandle /*function*/) {
+  *value = attribute == FunctionAttribute::max_threads_per_block ? 1024 : 0;
+  return kSuccess;
 }
 
-EXPORT int cuMemcpyHtoD_v2(std::uint64_t target, const void* source, std::size_t bytes) {
-  if (const int result = needs_context(record("cuMemcpyHtoD"))) return result;
-  std::memcpy(reinterpret_cast<void*>(target), source, bytes);
-  return 0;
+FAKE_EXPORT Result cuFuncSetAttribute(FunctionHandle /*function*/, FunctionAttribute attribute,
+                                      int value) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter_context("cuFuncSetAttribute")) return result;
+  constexpr int kMostShared = 227 << 10;
+  const bool too_much =
+      attribute == FunctionAttribute::max_dynamic_shared_bytes && value > kMostShared;
+  return too_much ? kInvalidValue : kSuccess;
 }
 
-EXPORT int cuMemcpyDtoH_v2(void* target, std::uint64_t source, std::size_t bytes) {
-  if (const int result = needs_context(record("cuMemcpyDtoH"))) return result;
-  std::memcpy(target, reinterpret_cast<const void*>(source), bytes);
-  return 0;
+FAKE_EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
+                                                               FunctionHandle /*function*/,
+                                                               int block_threads,
+                                                               std::size_t dynamic_shared_bytes) {
+  if (block_threads <= 0 || block_threads > 1024) return kInvalidValue;
+  constexpr std::size_t kShared = std::size_t{228} << 10;
+  *blocks = static_cast<int>(
+      std::min<std::size_t>(2048u / static_cast<unsigned>(block_threads),
+                            dynamic_shared_bytes == 0 ? 32 : kShared / dynamic_shared_bytes));
+  return kSuccess;
 }
 
 #ifndef PIPELIVE_FAKE_WITHOUT_LAUNCH
-EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                          unsigned block_x, unsigned block_y, unsigned block_z,
-                          unsigned /*shared_bytes*/, void* /*stream*/, void** parameters,
-                          void** /*extra*/) {
-  if (const int result = needs_context(record("cuLaunchKernel"))) return result;
-  if (function != &function_tag || grid_x == 0 || grid_y != 1 || grid_z != 1 || block_x == 0 ||
-      block_x > 1024 || block_y != 1 || block_z != 1) {
+FAKE_EXPORT Result cuLaunchKernel(FunctionHandle function, unsigned grid_x, unsigned grid_y,
+                                  unsigned grid_z, unsigned block_x, unsigned block_y,
+                                  unsigned block_z, unsigned /*shared_bytes*/, StreamHandle stream,
+                                  void** parameters, void** /*extra*/) {
+  const Lock lock(state().mutex);
+  if (const Result result = enter_context("cuLaunchKernel")) return result;
+  if (function != reinterpret_cast<FunctionHandle>(&fake::function_tag) || grid_x == 0 ||
+      grid_y != 1 || grid_z != 1 || block_x == 0 || block_x > 1024 || block_y != 1 ||
+      block_z != 1) {
     return kInvalidValue;
   }
-  auto* values = reinterpret_cast<float*>(*static_cast<std::uint64_t*>(parameters[0]));
+  const auto target = *static_cast<DevicePointer*>(parameters[0]);
   const float factor = *static_cast<float*>(parameters[1]);
   const std::uint64_t count = *static_cast<std::uint64_t*>(parameters[2]);
-  for (std::uint64_t i = 0; i < count; ++i) values[i] *= factor;
-  return 0;
+  return fake::submit(stream, [target, factor, count] {
+    if (!fake::device_memory(target, count * sizeof(float), true)) {
+      state().broken = kIllegalAddress;
+      return true;
+    }
+    auto* values = reinterpret_cast<float*>(target);
+    for (std::uint64_t i = 0; i < count; ++i) values[i] *= factor;
+    return true;
+  });
 }
 #endif
 
-EXPORT int cuStreamSynchronize(void* /*stream*/) {
-  return needs_context(record("cuStreamSynchronize"));
+FAKE_EXPORT Result cuLaunchCooperativeKernel(FunctionHandle /*function*/, unsigned /*grid_x*/,
+                                             unsigned /*grid_y*/, unsigned /*grid_z*/,
+                                             unsigned /*block_x*/, unsigned /*block_y*/,
+                                             unsigned /*block_z*/, unsigned /*shared_bytes*/,
+                                             StreamHandle /*stream*/, void** /*parameters*/) {
+  const Lock lock(state().mutex);
+  const Result result = enter_context("cuLaunchCooperativeKernel");
+  return result != kSuccess ? result : kNotSupported;
 }
 
-// Entry points that have to be there, but do nothing yet.
-#define NOT_SUPPORTED(symbol)         \
-  EXPORT int symbol() {               \
-    constexpr int kUnsupported = 801; \
-    return kUnsupported;              \
-  }
-NOT_SUPPORTED(cuDeviceGetAttribute)
-NOT_SUPPORTED(cuDeviceTotalMem_v2)
-NOT_SUPPORTED(cuDeviceGetUuid_v2)
-NOT_SUPPORTED(cuDeviceGetPCIBusId)
-NOT_SUPPORTED(cuDeviceCanAccessPeer)
-NOT_SUPPORTED(cuDeviceGetP2PAttribute)
-NOT_SUPPORTED(cuDevicePrimaryCtxGetState)
-NOT_SUPPORTED(cuCtxGetCurrent)
-NOT_SUPPORTED(cuCtxSetCurrent)
-NOT_SUPPORTED(cuCtxGetDevice)
-NOT_SUPPORTED(cuCtxSynchronize)
-NOT_SUPPORTED(cuCtxGetStreamPriorityRange)
-NOT_SUPPORTED(cuCtxEnablePeerAccess)
-NOT_SUPPORTED(cuCtxDisablePeerAccess)
-NOT_SUPPORTED(cuModuleGetGlobal_v2)
-NOT_SUPPORTED(cuFuncGetAttribute)
-NOT_SUPPORTED(cuFuncSetAttribute)
-NOT_SUPPORTED(cuOccupancyMaxActiveBlocksPerMultiprocessor)
-NOT_SUPPORTED(cuLaunchCooperativeKernel)
-NOT_SUPPORTED(cuLaunchHostFunc)
-NOT_SUPPORTED(cuMemGetInfo_v2)
-NOT_SUPPORTED(cuMemGetAddressRange_v2)
-NOT_SUPPORTED(cuPointerGetAttribute)
-NOT_SUPPORTED(cuMemHostAlloc)
-NOT_SUPPORTED(cuMemFreeHost)
-NOT_SUPPORTED(cuMemHostRegister_v2)
-NOT_SUPPORTED(cuMemHostUnregister)
-NOT_SUPPORTED(cuMemHostGetDevicePointer_v2)
-NOT_SUPPORTED(cuMemAddressReserve)
-NOT_SUPPORTED(cuMemAddressFree)
-NOT_SUPPORTED(cuMemCreate)
-NOT_SUPPORTED(cuMemRelease)
-NOT_SUPPORTED(cuMemRetainAllocationHandle)
-NOT_SUPPORTED(cuMemMap)
-NOT_SUPPORTED(cuMemUnmap)
-NOT_SUPPORTED(cuMemSetAccess)
-NOT_SUPPORTED(cuMemGetAllocationGranularity)
-NOT_SUPPORTED(cuMemExportToShareableHandle)
-NOT_SUPPORTED(cuMemImportFromShareableHandle)
-NOT_SUPPORTED(cuIpcGetMemHandle)
-NOT_SUPPORTED(cuIpcOpenMemHandle_v2)
-NOT_SUPPORTED(cuIpcCloseMemHandle)
-NOT_SUPPORTED(cuIpcGetEventHandle)
-NOT_SUPPORTED(cuIpcOpenEventHandle)
-NOT_SUPPORTED(cuMemcpyHtoDAsync_v2)
-NOT_SUPPORTED(cuMemcpyDtoHAsync_v2)
-NOT_SUPPORTED(cuMemcpyDtoDAsync_v2)
-NOT_SUPPORTED(cuMemcpyAsync)
-NOT_SUPPORTED(cuMemcpyPeerAsync)
-NOT_SUPPORTED(cuMemcpy2DAsync_v2)
-NOT_SUPPORTED(cuMemsetD8Async)
-NOT_SUPPORTED(cuMemsetD32Async)
-NOT_SUPPORTED(cuStreamCreateWithPriority)
-NOT_SUPPORTED(cuStreamDestroy_v2)
-NOT_SUPPORTED(cuStreamQuery)
-NOT_SUPPORTED(cuStreamWaitEvent)
-NOT_SUPPORTED(cuStreamIsCapturing)
-NOT_SUPPORTED(cuStreamGetCtx)
-NOT_SUPPORTED(cuThreadExchangeStreamCaptureMode)
-NOT_SUPPORTED(cuEventCreate)
-NOT_SUPPORTED(cuEventDestroy_v2)
-NOT_SUPPORTED(cuEventRecord)
-NOT_SUPPORTED(cuEventQuery)
-NOT_SUPPORTED(cuEventSynchronize)
-NOT_SUPPORTED(cuEventElapsedTime)
+}  // namespace pipelive::cuda

@@ -1,18 +1,51 @@
 #pragma once
 
-// What the stand-in for libcuda offers besides the driver's own entry points. Tests find these by
-// dlsym, since the library is opened, not linked.
+#include <cstddef>
+#include <cstdint>
+
+// A stand-in for libcuda, opened by dlopen as the real one is. Device memory is host memory,
+// virtual memory management is memfd and mmap, streams are queues. It checks what the real driver
+// checks and what it leaves to chance: arguments, alignment, the order of calls, that a context is
+// current in the calling thread, that work in a stream finds its memory mapped when it runs. New
+// memory is filled with kFakePoison.
+//
+// Work given to a stream is done at once, unless the stream is held or waits for an event.
+//
+// What it offers besides the driver's own entry points; tests find these by dlsym.
 extern "C" {
 
-/// Forgets the calls so far, and the failure that was asked for.
+/// Forgets calls, failures, holds, contexts and whatever memory was left.
 using FakeDriverReset = void();
-/// The calls since the reset, each followed by a newline, without those for versions and errors.
+/// The calls since the reset, each followed by a newline, without the suffix of a version and
+/// without those for versions, attributes and errors.
 using FakeDriverCalls = const char*();
+/// How often `symbol` was called since the reset.
+using FakeDriverCount = std::uint64_t(const char* symbol);
 /// Makes the next call of `symbol` return `result`.
 using FakeDriverFail = void(const char* symbol, int result);
-/// How many contexts, modules and buffers are held.
+/// Makes the `nth` call of `symbol` from now on (1: the next) return `result`; 0 disarms.
+using FakeDriverFailNth = void(const char* symbol, std::uint64_t nth, int result);
+/// How many contexts, modules, buffers, allocations, reservations, streams and events are held;
+/// memory that a process imported counts as held by it.
 using FakeDriverHeld = int();
 /// How many devices there are; 1 after a reset.
 using FakeDriverDevices = void(int count);
+/// Bytes of each device; 4 GiB after a reset.
+using FakeDriverMemory = void(std::uint64_t bytes);
+/// The granularity of allocations; 2 MiB after a reset.
+using FakeDriverGranularity = void(std::uint64_t bytes);
+/// A device attribute's value from now on, for every device.
+using FakeDriverAttribute = void(int attribute, int value);
+/// Starts or ends holding work back: of one stream (1: the legacy default stream), or of all that
+/// are there for a null handle.
+using FakeDriverHold = void(void* stream, int held);
+/// Whether the stream (null: any of them) has work that is not done.
+using FakeDriverPending = int(void* stream);
+/// Starts or ends the capture of a graph.
+using FakeDriverCapture = void(void* stream, int on);
+/// What is wrong with the calls so far that the real driver might let pass; empty if nothing is.
+using FakeDriverMistakes = const char*();
 
 }  // extern "C"
+
+inline constexpr unsigned char kFakePoison = 0xA5;

@@ -10,7 +10,7 @@ namespace pipelive {
 std::string_view to_string(DeviceCall call) noexcept {
   constexpr std::array<std::string_view, kDeviceCallCount> names{
       "reserve", "create_pages", "destroy_pages", "map",         "map_repeated", "unmap",
-      "copy",    "fill",         "record",        "export_page", "import_pages"};
+      "copy",    "fill",         "record",        "order_after", "export_page",  "import_pages"};
   return names.at(static_cast<std::size_t>(call));
 }
 
@@ -120,9 +120,15 @@ ExportedPages FaultDevice::export_page(std::size_t page_bytes, PageHandle page) 
   return device_->export_page(page_bytes, page);
 }
 
-std::unique_ptr<ImportedPages> FaultDevice::import_pages(const ExportedPages& exported) {
+void FaultDevice::order_after(Stream stream, const std::shared_ptr<Event>& event) {
+  enter(DeviceCall::order_after);
+  device_->order_after(stream, event);
+}
+
+std::unique_ptr<ImportedPages> FaultDevice::import_run(std::span<const ExportedPages> exported,
+                                                       PageAccess access) {
   enter(DeviceCall::import_pages);
-  return device_->import_pages(exported);
+  return device_->import_run(exported, access);
 }
 
 }  // namespace pipelive

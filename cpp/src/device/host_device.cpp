@@ -25,6 +25,9 @@ std::string bytes_text(std::uint64_t bytes) {
   return std::to_string(bytes) + " bytes";
 }
 
+// How long host work waits for an event of another device that it is to come after.
+constexpr double kForeignEventSeconds = 60.0;
+
 /// Host work is done when the call returns.
 class CompletedEvent final : public Event {
  public:
@@ -406,6 +409,11 @@ std::shared_ptr<Event> HostDevice::record(Stream /*stream*/) {
   return std::make_shared<CompletedEvent>();
 }
 
+void HostDevice::order_after(Stream /*stream*/, const std::shared_ptr<Event>& event) {
+  // The work of the host is what its threads do next. An event of another device may be pending.
+  if (event != nullptr) event->wait(Deadline::after_seconds(kForeignEventSeconds));
+}
+
 ExportedPages HostDevice::export_page(std::size_t page_bytes, PageHandle page) {
   check_page_bytes(page_bytes);
   {
@@ -419,23 +427,39 @@ ExportedPages HostDevice::export_page(std::size_t page_bytes, PageHandle page) {
   return {std::move(fd), page, page_bytes};
 }
 
-std::unique_ptr<ImportedPages> HostDevice::import_pages(const ExportedPages& exported) {
-  if (!exported.fd.valid() || exported.bytes == 0 || exported.bytes % info_.page_granularity != 0 ||
-      exported.offset % info_.page_granularity != 0) {
-    fail("import_pages: " + bytes_text(exported.bytes) + " at offset " +
-         std::to_string(exported.offset) + " are no exported pages");
+std::unique_ptr<ImportedPages> HostDevice::import_run(std::span<const ExportedPages> exported,
+                                                      PageAccess access) {
+  if (exported.empty()) fail("import_pages: there are no pages to map");
+  std::size_t total = 0;
+  for (const ExportedPages& part : exported) {
+    if (!part.fd.valid() || part.bytes == 0 || part.bytes % info_.page_granularity != 0 ||
+        part.offset % info_.page_granularity != 0) {
+      fail("import_pages: " + bytes_text(part.bytes) + " at offset " + std::to_string(part.offset) +
+           " are no exported pages");
+    }
+    struct stat status{};
+    if (::fstat(part.fd.get(), &status) != 0) throw_errno("fstat of exported pages", errno);
+    const auto size = static_cast<std::uint64_t>(status.st_size);
+    if (part.offset > size || part.bytes > size - part.offset) {
+      fail("import_pages: " + bytes_text(part.bytes) + " at offset " + std::to_string(part.offset) +
+           " lie beyond the file's " + bytes_text(size));
+    }
+    total += part.bytes;
   }
-  struct stat status{};
-  if (::fstat(exported.fd.get(), &status) != 0) throw_errno("fstat of exported pages", errno);
-  const auto size = static_cast<std::uint64_t>(status.st_size);
-  if (exported.offset > size || exported.bytes > size - exported.offset) {
-    fail("import_pages: " + bytes_text(exported.bytes) + " at offset " +
-         std::to_string(exported.offset) + " lie beyond the file's " + bytes_text(size));
+  void* raw = ::mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) throw_errno("mmap of addresses for exported pages", errno);
+  // From here on the object unmaps the whole range, whatever is behind it.
+  auto imported = std::make_unique<HostImportedPages>(static_cast<std::byte*>(raw), total);
+  const int protection = access == PageAccess::read ? PROT_READ : PROT_READ | PROT_WRITE;
+  std::byte* at = imported->data();
+  for (const ExportedPages& part : exported) {
+    if (::mmap(at, part.bytes, protection, MAP_SHARED | MAP_FIXED, part.fd.get(),
+               static_cast<off_t>(part.offset)) == MAP_FAILED) {
+      throw_errno("mmap of exported pages", errno);
+    }
+    at += part.bytes;
   }
-  void* raw = ::mmap(nullptr, exported.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, exported.fd.get(),
-                     static_cast<off_t>(exported.offset));
-  if (raw == MAP_FAILED) throw_errno("mmap of exported pages", errno);
-  return std::make_unique<HostImportedPages>(static_cast<std::byte*>(raw), exported.bytes);
+  return imported;
 }
 
 }  // namespace pipelive

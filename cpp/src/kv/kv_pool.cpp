@@ -65,7 +65,13 @@ KVPool::KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPool
   }
 }
 
-KVPool::~KVPool() = default;
+KVPool::~KVPool() {
+  try {
+    close();
+  } catch (const std::exception&) {
+    // The arenas try again, and release their addresses in any case.
+  }
+}
 
 void KVPool::check_open() const {
   if (closed()) throw Error(ErrorCode::closed, "the KV pool is closed");
@@ -221,8 +227,17 @@ void KVPool::drop_layers(std::span<const std::uint32_t> layers,
   }
   const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
   wait_for(after, deadline);
-  const Residency::Exclusive exclusive = residency_.exclude(deadline);
-  const std::vector<Removed> removed = unmap_all(parts);
+  // Nothing begins to use what is to go from here on; what has begun is waited for.
+  set_limits(stacks, 0);
+  std::vector<Removed> removed;
+  try {
+    residency_.drain(deadline);
+    wait_for_users({}, deadline);
+    removed = unmap_all(parts);
+  } catch (...) {
+    publish_locked(capacity(), {}, false);
+    throw;
+  }
   publish_locked(capacity(), stacks, false);
 }
 
@@ -310,8 +325,52 @@ void KVPool::check_live(std::uint64_t capacity, std::span<const std::uint64_t> l
   }
 }
 
-void KVPool::copy_blocks_locked(std::span<const BlockMove> moves) {
+std::vector<Stream> KVPool::users() const {
+  std::vector<Stream> streams = residency_.streams();
+  for (const Stream stream : device()->implicit_streams()) {
+    if (std::find(streams.begin(), streams.end(), stream) == streams.end()) {
+      streams.push_back(stream);
+    }
+  }
+  return streams;
+}
+
+// All that the noted streams have been given so far comes before what `stream` is given next.
+void KVPool::order_after_users(Stream stream) const {
+  for (const Stream user : users()) {
+    if (user != stream) device()->order_after(stream, device()->record(user));
+  }
+}
+
+void KVPool::wait_for_users(Stream stream, Deadline deadline) const {
+  std::vector<Stream> streams = users();
+  if (stream.handle != nullptr &&
+      std::find(streams.begin(), streams.end(), stream) == streams.end())
+    streams.push_back(stream);
+  std::vector<std::shared_ptr<Event>> events;
+  events.reserve(streams.size());
+  for (const Stream user : streams) events.push_back(device()->record(user));
+  wait_for(events, deadline);
+}
+
+void KVPool::order_consumer(Stream consumer) const {
+  check_open();
+  for (const Stream user : residency_.streams()) {
+    if (user != consumer) device()->order_after(consumer, device()->record(user));
+  }
+}
+
+void KVPool::set_limits(const std::vector<std::uint32_t>& stacks, std::uint64_t limit) noexcept {
+  for (const std::uint32_t index : stacks) {
+    for (std::uint32_t i = 0; i < geometry_.layers_in(index); ++i) {
+      residency_.set_limit(geometry_.first_layer(index) + i, limit);
+    }
+  }
+}
+
+void KVPool::copy_blocks_locked(std::span<const BlockMove> moves, Stream stream) {
   if (moves.empty()) return;
+  order_after_users(stream);
   std::vector<BlockMove> sorted(moves.begin(), moves.end());
   std::sort(sorted.begin(), sorted.end(),
             [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
@@ -325,16 +384,18 @@ void KVPool::copy_blocks_locked(std::span<const BlockMove> moves) {
         ++last;
       }
       device()->copy(base + sorted[first].to * stride, base + sorted[first].from * stride,
-                     (last - first) * stride);
+                     (last - first) * stride, stream);
       first = last;
     }
   }
-  device()->record()->wait(Deadline::after_seconds(kCopySeconds));
+  if (stream.handle == nullptr) {
+    device()->record()->wait(Deadline::after_seconds(kCopySeconds));
+  }
 }
 
 void KVPool::shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
-                    std::span<const BlockMove> moves,
-                    std::span<const std::shared_ptr<Event>> after) {
+                    std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after,
+                    Stream stream) {
   const std::lock_guard lock(mutex_);
   check_usable_locked();
   check_capacity("shrink", capacity);
@@ -347,23 +408,37 @@ void KVPool::shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
   check_live(capacity, live, moves);
   const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
   wait_for(after, deadline);
-  const Residency::Exclusive exclusive = residency_.exclude(deadline);
-  copy_blocks_locked(moves);
+  if (!moves.empty()) {
+    // A host operation must not write to a block while it is copied.
+    const Residency::Exclusive exclusive = residency_.exclude(deadline);
+    copy_blocks_locked(moves, stream);
+  }
+  if (capacity == before) return;
+  const std::vector<std::uint32_t> stacks = held_stacks();
   std::vector<Mapped> parts;
-  for (const std::uint32_t index : held_stacks()) {
+  for (const std::uint32_t index : stacks) {
     const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
     const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
     parts.push_back({arenas_[index].get(), new_bytes, old_bytes - new_bytes});
   }
-  const std::vector<Removed> removed = unmap_all(parts);
+  set_limits(stacks, capacity);
+  std::vector<Removed> removed;
+  try {
+    residency_.drain(deadline);
+    wait_for_users(stream, deadline);
+    removed = unmap_all(parts);
+  } catch (...) {
+    publish_locked(before, {}, false);
+    throw;
+  }
   publish_locked(capacity, {}, false);
 }
 
-void KVPool::move_blocks(std::span<const BlockMove> moves) {
+void KVPool::move_blocks(std::span<const BlockMove> moves, Stream stream) {
   const std::lock_guard lock(mutex_);
   check_usable_locked();
   check_moves(moves, capacity());
-  copy_blocks_locked(moves);
+  copy_blocks_locked(moves, stream);
 }
 
 std::uint64_t KVPool::bytes_needed(std::span<const std::uint32_t> layers,
@@ -377,11 +452,21 @@ std::uint64_t KVPool::blocks_that_fit(std::span<const std::uint32_t> layers,
   return geometry_.blocks_that_fit(geometry_.stacks_of(layers, "layers", false), budget_bytes);
 }
 
+// A device that has failed for good has no work under way, and must not keep the pool open.
+void KVPool::wait_for_users_at_close() const {
+  try {
+    wait_for_users({}, Deadline::after_seconds(kFenceSeconds));
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::device) throw;
+  }
+}
+
 void KVPool::close() {
   const std::lock_guard lock(mutex_);
   if (!closed()) {
     const Residency::Exclusive exclusive =
         residency_.exclude(Deadline::after_seconds(kFenceSeconds));
+    wait_for_users_at_close();
     closed_.store(true, std::memory_order_release);
     publish_locked(capacity(), {}, false);
   }

@@ -69,15 +69,68 @@ Residency::Use Residency::use() const {
                            [this] { return !excluded_; })) {
     throw Error(ErrorCode::timeout, "the pool was being resized for over a minute");
   }
-  ++uses_;
-  return Use(this);
+  ++uses_[phase_];
+  return {this, phase_};
 }
 
 void Residency::Use::end() noexcept {
   if (residency_ == nullptr) return;
   const std::lock_guard lock(residency_->mutex_);
-  if (--residency_->uses_ == 0) residency_->changed_.notify_all();
+  if (--residency_->uses_[phase_] == 0) residency_->changed_.notify_all();
   residency_ = nullptr;
+}
+
+void Residency::drain(Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  const auto fail_busy = [this](std::uint64_t uses) {
+    throw Error(ErrorCode::busy,
+                std::to_string(uses) + " operations still use the blocks that are to go");
+  };
+  if (!changed_.wait_until(lock, deadline.at(), [this] { return !draining_; })) {
+    fail_busy(uses_[0] + uses_[1]);
+  }
+  draining_ = true;
+  // The phase that begins may have uses left over from a drain that gave up.
+  const auto gone = [this](unsigned phase) { return [this, phase] { return uses_[phase] == 0; }; };
+  bool done = changed_.wait_until(lock, deadline.at(), gone(1 - phase_));
+  if (done) {
+    phase_ = 1 - phase_;
+    done = changed_.wait_until(lock, deadline.at(), gone(1 - phase_));
+  }
+  draining_ = false;
+  changed_.notify_all();
+  if (!done) fail_busy(uses_[0] + uses_[1]);
+}
+
+void Residency::note_stream(Stream stream, std::shared_ptr<void> owner) const {
+  const std::lock_guard lock(streams_mutex_);
+  for (NotedStream& known : streams_) {
+    if (known.stream == stream) {
+      if (owner != nullptr) known.owner.swap(owner);
+      return;
+    }
+  }
+  streams_.push_back({stream, std::move(owner)});
+}
+
+void Residency::forget_stream(Stream stream) const {
+  std::shared_ptr<void> owner;  // dropped without the lock
+  const std::lock_guard lock(streams_mutex_);
+  for (auto known = streams_.begin(); known != streams_.end(); ++known) {
+    if (known->stream == stream) {
+      owner.swap(known->owner);
+      streams_.erase(known);
+      return;
+    }
+  }
+}
+
+std::vector<Stream> Residency::streams() const {
+  const std::lock_guard lock(streams_mutex_);
+  std::vector<Stream> streams;
+  streams.reserve(streams_.size());
+  for (const NotedStream& known : streams_) streams.push_back(known.stream);
+  return streams;
 }
 
 Residency::Exclusive Residency::exclude(Deadline deadline) {
@@ -86,14 +139,14 @@ Residency::Exclusive Residency::exclude(Deadline deadline) {
   if (alone) {
     // From here on no use begins, so that a stream of short uses cannot hold a resize off.
     excluded_ = true;
-    if (changed_.wait_until(lock, deadline.at(), [this] { return uses_ == 0; })) {
+    if (changed_.wait_until(lock, deadline.at(), [this] { return uses_[0] + uses_[1] == 0; })) {
       return Exclusive(this);
     }
     excluded_ = false;
     changed_.notify_all();
   }
-  throw Error(ErrorCode::busy,
-              std::to_string(uses_) + " operations still use the blocks that are to go");
+  throw Error(ErrorCode::busy, std::to_string(uses_[0] + uses_[1]) +
+                                   " operations still use the blocks that are to go");
 }
 
 Residency::Exclusive::~Exclusive() {

@@ -177,7 +177,8 @@ PageLease PagePool::take(std::size_t count, Prefer prefer) {
     std::vector<PageHandle> made;
     try {
       made = device_->create_pages(page_bytes_, missing);
-      for (const PageHandle page : made) drawn.emplace_back(page, false);
+      const bool dirty = !device_->info().zeroed_pages;
+      for (const PageHandle page : made) drawn.emplace_back(page, dirty);
     } catch (...) {
       // The lists have room for every page held, so putting back cannot fail.
       lock.lock();
@@ -331,7 +332,9 @@ bool PagePool::work_once(std::unique_lock<std::mutex>& lock) {
   lock.lock();
   busy_ -= count;
   if (ok) {
-    clean_.insert(clean_.end(), pages.begin(), pages.end());
+    // New pages that hold no zeros are scrubbed one by one in the rounds that follow.
+    auto& list = make && !device_->info().zeroed_pages ? dirty_ : clean_;
+    list.insert(list.end(), pages.begin(), pages.end());
     if (make) created_ += count;
   } else {
     dirty_.insert(dirty_.end(), pages.begin(), pages.end());

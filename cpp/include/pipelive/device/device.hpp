@@ -19,6 +19,8 @@ struct DeviceInfo {
   int index = 0;                     ///< the device's number among those of its kind
   std::string name;                  ///< "cpu", "cuda:0"
   std::size_t page_granularity = 0;  ///< page sizes must be multiples of this many bytes
+  /// New pages hold zeros. Where they do not, whoever needs zeros fills the page once it is mapped.
+  bool zeroed_pages = true;
 };
 
 /// What a device holds at the moment; for leak checks.
@@ -33,9 +35,11 @@ struct DeviceUsage {
 using PageHandle = std::uint64_t;
 inline constexpr PageHandle kNoPage = ~PageHandle{0};
 
-/// A queue of work on a device; a null handle is the device's default queue.
+/// A queue of work on a device. A null handle is the device's own queue, which nobody else gives
+/// work to; CUDA's default stream has the handle 1 (see cuda/device.hpp).
 struct Stream {
   void* handle = nullptr;
+  friend bool operator==(const Stream&, const Stream&) = default;
 };
 
 /// A point in a stream's work. Thread-safe.
@@ -54,6 +58,8 @@ struct ExportedPages {
   std::uint64_t offset = 0;  ///< bytes into the file
   std::size_t bytes = 0;
 };
+
+enum class PageAccess : std::uint8_t { read, read_write };
 
 /// Another process's pages mapped here; unmapped with the object.
 class ImportedPages {
@@ -82,8 +88,8 @@ class Device {
   /// unmapped first; the pages are not destroyed.
   virtual void release(std::byte* address, std::size_t bytes) noexcept = 0;
 
-  /// Creates `count` pages of zeros, physically there when the call returns; neighbouring handles
-  /// as far as possible. Throws Error(out_of_memory).
+  /// Creates `count` pages, physically there when the call returns; neighbouring handles as far as
+  /// possible. They hold zeros where info().zeroed_pages says so. Throws Error(out_of_memory).
   [[nodiscard]] virtual std::vector<PageHandle> create_pages(std::size_t page_bytes,
                                                              std::size_t count) = 0;
   /// Returns pages to the operating system or the driver. They must not be mapped.
@@ -96,7 +102,8 @@ class Device {
   /// Maps the one `page` again and again behind the whole range.
   virtual void map_repeated(std::byte* address, std::size_t bytes, std::size_t page_bytes,
                             PageHandle page) = 0;
-  /// Takes the pages from behind the range, whose addresses stay reserved.
+  /// Takes the pages from behind the range, whose addresses stay reserved. Work in any stream that
+  /// may still touch the range must be over; the device does not wait for it.
   virtual void unmap(std::byte* address, std::size_t bytes) = 0;
 
   /// Copies between mapped addresses in the order of `stream`; the ranges must not overlap.
@@ -106,12 +113,22 @@ class Device {
   virtual void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) = 0;
   /// Marks the end of the work that `stream` has been given so far.
   [[nodiscard]] virtual std::shared_ptr<Event> record(Stream stream = {}) = 0;
+  /// Work that `stream` is given from now on runs after `event`. Returns at once where the device
+  /// can wait by itself.
+  virtual void order_after(Stream stream, const std::shared_ptr<Event>& event) = 0;
+  /// Queues that programs use without naming them; who waits for all users of some memory waits for
+  /// these as well.
+  [[nodiscard]] virtual std::vector<Stream> implicit_streams() const { return {}; }
 
   /// Lends a page to other processes. Pages must not be destroyed while they are lent.
   [[nodiscard]] virtual ExportedPages export_page(std::size_t page_bytes, PageHandle page) = 0;
-  /// Maps what another process's `export_page` returned.
-  [[nodiscard]] virtual std::unique_ptr<ImportedPages> import_pages(
-      const ExportedPages& exported) = 0;
+  /// Maps what another process's `export_page` returned, one after the other.
+  [[nodiscard]] virtual std::unique_ptr<ImportedPages> import_run(
+      std::span<const ExportedPages> exported, PageAccess access) = 0;
+  /// Maps one page, readable and writable.
+  [[nodiscard]] std::unique_ptr<ImportedPages> import_pages(const ExportedPages& exported) {
+    return import_run({&exported, 1}, PageAccess::read_write);
+  }
 };
 
 }  // namespace pipelive

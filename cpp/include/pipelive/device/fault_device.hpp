@@ -19,10 +19,11 @@ enum class DeviceCall : std::uint8_t {
   copy,
   fill,
   record,
+  order_after,
   export_page,
   import_pages,
 };
-inline constexpr std::size_t kDeviceCallCount = 11;
+inline constexpr std::size_t kDeviceCallCount = 12;
 [[nodiscard]] std::string_view to_string(DeviceCall call) noexcept;
 
 /// Wraps any device and makes chosen calls fail, to show that what is built on top undoes its half
@@ -57,8 +58,13 @@ class FaultDevice final : public Device {
             Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
+  void order_after(Stream stream, const std::shared_ptr<Event>& event) override;
+  [[nodiscard]] std::vector<Stream> implicit_streams() const override {
+    return device_->implicit_streams();
+  }
   [[nodiscard]] ExportedPages export_page(std::size_t page_bytes, PageHandle page) override;
-  [[nodiscard]] std::unique_ptr<ImportedPages> import_pages(const ExportedPages& exported) override;
+  [[nodiscard]] std::unique_ptr<ImportedPages> import_run(std::span<const ExportedPages> exported,
+                                                          PageAccess access) override;
 
  private:
   struct Plan {

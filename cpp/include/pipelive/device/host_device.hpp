@@ -41,8 +41,10 @@ class HostDevice final : public Device {
             Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
+  void order_after(Stream stream, const std::shared_ptr<Event>& event) override;
   [[nodiscard]] ExportedPages export_page(std::size_t page_bytes, PageHandle page) override;
-  [[nodiscard]] std::unique_ptr<ImportedPages> import_pages(const ExportedPages& exported) override;
+  [[nodiscard]] std::unique_ptr<ImportedPages> import_run(std::span<const ExportedPages> exported,
+                                                          PageAccess access) override;
 
   /// Bytes that the operating system holds for the memory file now.
   [[nodiscard]] std::uint64_t resident_file_bytes() const;

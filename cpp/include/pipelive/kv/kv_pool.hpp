@@ -54,8 +54,14 @@ struct KVPoolStats {
 /// nothing). Thread-safe; views may be used at any time while their blocks are resident.
 ///
 /// Taking memory away (shrink, drop_layers, close) waits for the host operations that hold a
-/// Residency::Use and for the events it is given. All else that reads or writes through raw
-/// addresses is the caller's to order.
+/// Residency::Use, for the events it is given, and for the work that the streams noted with
+/// Residency::note_stream (and the device's implicit ones) have been given before the call. It
+/// fails with Error(busy) while one of these streams is being captured into a graph. Blocks that
+/// are to go count as not resident while it waits; blocks that stay may be used all the time. All
+/// else that reads or writes through raw addresses is the caller's to order.
+///
+/// Moves are copies of the device. With a stream they are part of its work, after that of the noted
+/// streams, and the call does not wait for them; without one they are over when the call returns.
 class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVPool> {
  public:
   /// Throws Error(invalid_argument) for options out of range, Error(over_budget) where the page
@@ -106,9 +112,14 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   /// down; a move from an id that is not live; a move onto an id that is live, at or above the new
   /// capacity, 0, or the source or target of another move.
   void shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
-              std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after = {});
+              std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after = {},
+              Stream stream = {});
   /// Copies blocks in all held layers. Ids are resident, not 0, and named only once.
-  void move_blocks(std::span<const BlockMove> moves);
+  void move_blocks(std::span<const BlockMove> moves, Stream stream = {});
+
+  /// Makes `consumer` wait for the work that the noted streams have been given so far: for memory
+  /// that is handed to somebody else's stream.
+  void order_consumer(Stream consumer) const;
 
   /// Physical bytes for the ids [0, capacity) of the stacks that contain `layers`.
   [[nodiscard]] std::uint64_t bytes_needed(std::span<const std::uint32_t> layers,
@@ -141,7 +152,12 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   void check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const;
   void check_live(std::uint64_t capacity, std::span<const std::uint64_t> live,
                   std::span<const BlockMove> moves) const;
-  void copy_blocks_locked(std::span<const BlockMove> moves);
+  void copy_blocks_locked(std::span<const BlockMove> moves, Stream stream);
+  [[nodiscard]] std::vector<Stream> users() const;
+  void order_after_users(Stream stream) const;
+  void wait_for_users(Stream stream, Deadline deadline) const;
+  void wait_for_users_at_close() const;
+  void set_limits(const std::vector<std::uint32_t>& stacks, std::uint64_t limit) noexcept;
   void map_all(std::vector<Mapped> parts);
   std::vector<Removed> unmap_all(const std::vector<Mapped>& parts);
   void publish_locked(std::uint64_t capacity, const std::vector<std::uint32_t>& stacks,

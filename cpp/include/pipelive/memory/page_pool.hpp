@@ -30,7 +30,7 @@ class PageLease {
 
   [[nodiscard]] std::size_t size() const noexcept { return pages_.size(); }
   [[nodiscard]] bool empty() const noexcept { return pages_.empty(); }
-  /// Ascending, so that neighbours are mapped in one call. The first num_clean() hold zeros only.
+  /// Ascending, so that neighbours are mapped in one call.
   [[nodiscard]] std::span<const PageHandle> pages() const noexcept { return pages_; }
   /// True where page number `index` of the lease may hold what an earlier user left in it.
   [[nodiscard]] bool dirty(std::size_t index) const { return dirty_.at(index); }

@@ -31,7 +31,10 @@ class Driver {
 
   /// Throws for any result but success: Error(out_of_memory) if the device has no memory left, else
   /// Error(device): "cuLaunchKernel: CUDA_ERROR_INVALID_VALUE (1): invalid argument".
-  void check(Result result, std::string_view call) const;
+  void check(Result result, std::string_view call) const {
+    if (result != kSuccess) fail(result, call);
+  }
+  [[noreturn]] void fail(Result result, std::string_view call) const;
 
  private:
   struct Closer {
@@ -66,6 +69,7 @@ class PrimaryContext {
 
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
   [[nodiscard]] ContextHandle handle() const noexcept { return context_; }
+  [[nodiscard]] DeviceOrdinal device() const noexcept { return device_; }
 
  private:
   std::shared_ptr<const Driver> driver_;

@@ -1,0 +1,131 @@
+#pragma once
+
+// What the parts of the stand-in for libcuda share.
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "pipelive/cuda/driver_api.hpp"
+
+#define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace pipelive::cuda {
+
+// The definitions must agree with the table that is checked against cuda.h.
+extern "C" {
+#define FAKE_DECLARE(member, symbol, parameters) Result symbol parameters;
+PIPELIVE_CUDA_DRIVER_FUNCTIONS(FAKE_DECLARE)
+#undef FAKE_DECLARE
+}
+
+namespace fake {
+
+/// Physical memory. It is gone when neither a handle nor a mapping is left.
+struct Allocation {
+  int fd = -1;
+  std::size_t bytes = 0;
+  int device = 0;
+  int handles = 0;
+  int mappings = 0;
+  bool imported = false;  ///< another process's; no memory of this one's devices
+  bool exportable = false;
+  ~Allocation();
+};
+
+struct Mapping {
+  std::size_t bytes = 0;
+  std::shared_ptr<Allocation> allocation;
+  MemoryAccess access = MemoryAccess::none;
+};
+
+struct Reservation {
+  std::size_t bytes = 0;
+  std::map<DevicePointer, Mapping> mappings;
+};
+
+struct FakeStream {
+  std::deque<std::function<bool()>> work;  ///< true: done; false: has to wait
+  bool held = false;
+  CaptureStatus capture = CaptureStatus::none;
+};
+
+struct FakeEvent {
+  std::uint64_t recorded = 0;  ///< number of the last record
+  std::uint64_t completed = 0;
+};
+
+struct FakeDevice {
+  char context_tag = 0;
+  int retained = 0;
+  FakeStream legacy;
+};
+
+struct State {
+  std::recursive_mutex mutex;
+  std::condition_variable_any changed;
+  std::string calls;
+  std::map<std::string, std::uint64_t> counts;
+  struct Failure {
+    std::uint64_t at = 0;  ///< number of the call
+    int result = 0;
+  };
+  std::map<std::string, Failure> failures;
+  std::string mistakes;
+  int device_count = 1;
+  std::size_t total_bytes = 0;
+  std::size_t granularity = 0;
+  std::map<int, int> attributes;
+  Result broken = kSuccess;  ///< an asynchronous failure, returned by every call from then on
+
+  std::map<int, FakeDevice> devices;
+  std::map<AllocationHandle, std::shared_ptr<Allocation>> handles;
+  std::map<DevicePointer, Reservation> reservations;
+  std::map<DevicePointer, std::size_t> buffers;  ///< of cuMemAlloc
+  std::map<std::uintptr_t, std::size_t> pinned;
+  std::set<FakeStream*> streams;
+  std::set<FakeEvent*> events;
+  std::set<std::pair<int, int>> peers;
+  int modules = 0;
+  std::uint64_t generation = 0;  ///< of reset; per-thread state of an older one is void
+  std::uint64_t next_handle = 0;
+};
+
+State& state();
+void reset();
+
+/// The contexts that are current in this thread, the last one on top.
+std::vector<ContextHandle>& current_contexts();
+/// The device of the context on top; -1 where there is none.
+int current_device();
+int device_of(ContextHandle context);
+
+/// Counts and logs a call. What it returns, unless success, is what the call has to return.
+Result enter(const char* symbol);
+/// As enter, but also fails where no context is current in this thread or one has failed.
+Result enter_context(const char* symbol);
+void mistake(const std::string& text);
+
+/// Whether the whole range can be accessed by the device: mapped with access, or in a buffer.
+bool device_memory(DevicePointer pointer, std::size_t bytes, bool write);
+/// Whether the address belongs to the devices at all.
+bool is_device_address(DevicePointer pointer);
+std::size_t used_bytes(int device);
+void release_all_memory();
+
+FakeStream* find_stream(StreamHandle stream);
+/// Does what can be done in all streams.
+void pump();
+/// Gives work to a stream.
+Result submit(StreamHandle stream, std::function<bool()> work);
+
+}  // namespace fake
+}  // namespace pipelive::cuda
