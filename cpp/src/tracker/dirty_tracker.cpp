@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "pipelive/base/error.hpp"
+#include "pipelive/tracker/slot_ranges.hpp"
 
 namespace pipelive {
 namespace {
@@ -43,13 +44,33 @@ SlotBitmap make_bitmap(std::uint64_t num_slots) {
 
 }  // namespace
 
-DirtyTracker::DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq)
+DirtyTracker::DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq,
+                           std::shared_ptr<MarkSource> marks)
     : num_slots_(checked_slots(num_slots)),
+      marks_(std::move(marks)),
       drained_(make_bitmap(num_slots_)),
       pending_(make_bitmap(num_slots_)),
       first_seq_(checked_first("DirtyTracker", next_seq)),
       next_seq_(next_seq) {
   spare_logs_.reserve(kSpareLogs);
+  if (!marks_) return;
+  if (marks_->num_slots() != num_slots_ || marks_->num_sets() <= kFirstStepSet) {
+    refuse("DirtyTracker: marks has " + std::to_string(marks_->num_slots()) + " slots and " +
+           std::to_string(marks_->num_sets()) + " sets, expected " + std::to_string(num_slots_) +
+           " and at least " + std::to_string(kFirstStepSet + 1));
+  }
+  sealed_sets_.reserve(marks_->num_sets());
+  free_all_sets();
+}
+
+void DirtyTracker::free_all_sets() {
+  free_sets_.clear();
+  sealed_sets_.clear();
+  pending_set_used_ = false;
+  held_set_used_ = false;
+  pending_marks_ = 0;
+  if (!marks_) return;
+  for (unsigned set = kFirstStepSet; set < marks_->num_sets(); ++set) free_sets_.push_back(set);
 }
 
 WriteLog DirtyTracker::take_log() {
@@ -70,10 +91,12 @@ DirtyTracker::Step& DirtyTracker::find_open(const char* caller, std::int64_t seq
     refuse(std::string(caller) + ": step " + std::to_string(seq) + " was not opened, the next is " +
            std::to_string(next_seq_));
   }
-  if (seq < first_seq_ || steps_[static_cast<std::size_t>(seq - first_seq_)].sealed) {
+  Step* const step =
+      seq < first_seq_ ? nullptr : &steps_[static_cast<std::size_t>(seq - first_seq_)];
+  if (step == nullptr || step->sealed || step->event) {
     refuse(std::string(caller) + ": step " + std::to_string(seq) + " is sealed already");
   }
-  return steps_[static_cast<std::size_t>(seq - first_seq_)];
+  return *step;
 }
 
 void DirtyTracker::open(std::int64_t seq) {
@@ -82,6 +105,7 @@ void DirtyTracker::open(std::int64_t seq) {
     refuse("DirtyTracker.open: seq is " + std::to_string(seq) + ", expected " +
            std::to_string(next_seq_) + "; steps are opened in order, without gaps");
   }
+  notice_events();
   if (steps_.size() >= kMaxOpenSteps) {
     throw Error(ErrorCode::busy, "DirtyTracker.open: " + std::to_string(steps_.size()) +
                                      " steps are logged and step " + std::to_string(first_seq_) +
@@ -110,17 +134,117 @@ void DirtyTracker::record_blocks(std::int64_t seq, std::span<const std::int64_t>
       .log.add_blocks("DirtyTracker.record_blocks", ids, block_size);
 }
 
+void DirtyTracker::mark(std::int64_t seq, Stream stream) {
+  std::unique_lock lock(mutex_);
+  if (!marks_) refuse("DirtyTracker.mark: the tracker was made without marks of a device");
+  await_take(lock);  // after it every look at the books below stays true
+  if (find_open("DirtyTracker.mark", seq).set) {
+    refuse("DirtyTracker.mark: step " + std::to_string(seq) + " is marked already");
+  }
+  if (free_sets_.empty()) {
+    notice_events();
+    fold_marks();
+  }
+  if (free_sets_.empty()) fold_held_marks();
+  if (free_sets_.empty()) {
+    throw Error(ErrorCode::busy,
+                "DirtyTracker.mark: " + std::to_string(marks_->num_sets() - kFirstStepSet) +
+                    " steps are in flight and step " + std::to_string(last_sealed() + 1) +
+                    ", the first of them, is not sealed; no marks are left for step " +
+                    std::to_string(seq));
+  }
+  marks_->select(free_sets_.back(), stream);
+  // Looked for again: noticing events may have moved the steps.
+  find_open("DirtyTracker.mark", seq).set = free_sets_.back();
+  free_sets_.pop_back();
+}
+
+void DirtyTracker::await_take(std::unique_lock<std::mutex>& lock) {
+  changed_.wait(lock, [this] { return !taking_; });
+}
+
+// Empties the sets of folded steps; no collect is taking sets.
+void DirtyTracker::fold_marks() {
+  if (sealed_sets_.empty()) return;
+  pending_marks_ += marks_->fold(sealed_sets_, kPendingSet);
+  pending_set_used_ = true;
+  free_sets_.insert(free_sets_.end(), sealed_sets_.begin(), sealed_sets_.end());
+  sealed_sets_.clear();
+}
+
+// Empties the sets of held steps that are complete, so that a hold may last.
+void DirtyTracker::fold_held_marks() {
+  std::vector<unsigned> sets;
+  for (auto step = steps_.begin(); step != steps_.end() && step->sealed; ++step) {
+    if (step->set) sets.push_back(*step->set);
+  }
+  if (sets.empty()) return;
+  static_cast<void>(marks_->fold(sets, kHeldSet));
+  held_set_used_ = true;
+  for (auto step = steps_.begin(); step != steps_.end() && step->sealed; ++step) step->set.reset();
+  free_sets_.insert(free_sets_.end(), sets.begin(), sets.end());
+}
+
 void DirtyTracker::seal(std::int64_t seq) {
   const std::lock_guard lock(mutex_);
   find_open("DirtyTracker.seal", seq).sealed = true;
   --open_steps_;
   fold_sealed_steps();
+  changed_.notify_all();
+}
+
+void DirtyTracker::seal(std::int64_t seq, std::shared_ptr<Event> event) {
+  if (!event) refuse("DirtyTracker.seal: event is null, expected one");
+  const std::lock_guard lock(mutex_);
+  find_open("DirtyTracker.seal", seq).event = std::move(event);
+  changed_.notify_all();
+}
+
+void DirtyTracker::wait_sealed(std::int64_t seq, Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    notice_events();
+    const std::int64_t sealed = last_sealed();
+    if (sealed >= seq) return;
+    if (deadline.passed()) {
+      throw Error(ErrorCode::timeout, "DirtyTracker.wait_sealed: step " +
+                                          std::to_string(sealed + 1) + " was not completed, step " +
+                                          std::to_string(seq) + " is waited for");
+    }
+    const auto place = static_cast<std::size_t>(sealed + 1 - first_seq_);
+    const std::shared_ptr<Event> event = place < steps_.size() ? steps_[place].event : nullptr;
+    if (event) {
+      lock.unlock();
+      event->wait(deadline);
+      lock.lock();
+    } else {
+      changed_.wait_until(lock, deadline.at());
+    }
+  }
+}
+
+// Seals the steps whose events have passed, up to the first that is not complete.
+void DirtyTracker::notice_events() {
+  bool any = false;
+  for (Step& step : steps_) {
+    if (!step.sealed) {
+      if (!step.event || !step.event->done()) break;
+      step.sealed = true;
+      step.event.reset();
+      --open_steps_;
+      any = true;
+    }
+  }
+  if (!any) return;
+  fold_sealed_steps();
+  changed_.notify_all();
 }
 
 void DirtyTracker::fold_sealed_steps() noexcept {
   while (!steps_.empty() && steps_.front().sealed && (!held_from_ || first_seq_ < *held_from_)) {
     WriteLog& log = steps_.front().log;
     pending_slots_ += log.fold_into(pending_);
+    if (steps_.front().set) sealed_sets_.push_back(*steps_.front().set);  // reserved
     keep_log(std::move(log));
     steps_.pop_front();
     ++first_seq_;
@@ -177,8 +301,20 @@ void DirtyTracker::seal_external(std::uint64_t token) {
 Collected DirtyTracker::collect() {
   const std::lock_guard collecting(collect_mutex_);
   Collected collected;
+  std::vector<unsigned> sets;
+  std::uint64_t counted_marks = 0;
+  if (marks_) sets.reserve(marks_->num_sets());
   {
     const std::lock_guard lock(mutex_);
+    notice_events();
+    if (marks_) {
+      sets = sealed_sets_;
+      if (pending_set_used_) sets.push_back(kPendingSet);
+      taking_ = !sets.empty();
+      sealed_sets_.clear();
+      pending_set_used_ = false;
+      counted_marks = std::exchange(pending_marks_, 0);
+    }
     std::swap(pending_, drained_);
     collected.through_seq = first_seq_ - 1;
     collected.num_slots = std::exchange(pending_slots_, 0);
@@ -187,14 +323,45 @@ Collected DirtyTracker::collect() {
       collected.open_externals += external.held ? 0 : 1;
     }
   }
+  const auto put_back = [this] {
+    pending_slots_ += pending_.merge(drained_);
+    drained_.clear();
+  };
+  if (!sets.empty()) {
+    std::vector<SlotRange> marked;
+    try {
+      marks_->take(sets, marked);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      for (const unsigned set : sets) {
+        if (set == kPendingSet) {
+          pending_set_used_ = true;
+        } else {
+          sealed_sets_.push_back(set);
+        }
+      }
+      pending_marks_ += counted_marks;
+      taking_ = false;
+      put_back();
+      changed_.notify_all();
+      throw;
+    }
+    for (const SlotRange& range : marked) drained_.set(range.begin, range.count);
+    const std::lock_guard lock(mutex_);
+    for (const unsigned set : sets) {
+      if (set != kPendingSet) free_sets_.push_back(set);
+    }
+    taking_ = false;
+    changed_.notify_all();
+  }
   try {
     drained_.drain(collected.ranges);
   } catch (...) {
     const std::lock_guard lock(mutex_);
-    pending_slots_ += pending_.merge(drained_);
-    drained_.clear();
+    put_back();
     throw;
   }
+  if (!sets.empty()) collected.num_slots = count_slots(collected.ranges);
   return collected;
 }
 
@@ -221,8 +388,18 @@ void DirtyTracker::hold_from(std::int64_t seq) {
 }
 
 void DirtyTracker::release_hold() {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
+  if (held_set_used_) {
+    await_take(lock);
+    if (held_set_used_) {
+      const unsigned held = kHeldSet;
+      pending_marks_ += marks_->fold({&held, 1}, kPendingSet);
+      pending_set_used_ = true;
+      held_set_used_ = false;
+    }
+  }
   held_from_.reset();
+  notice_events();
   fold_sealed_steps();
   for (auto external = externals_.begin(); external != externals_.end();) {
     external->second.held = false;
@@ -240,6 +417,8 @@ void DirtyTracker::reset(std::int64_t next_seq) {
   // A collect that is under way ends first, so that nothing of it comes back afterwards.
   const std::lock_guard collecting(collect_mutex_);
   const std::lock_guard lock(mutex_);
+  if (marks_) marks_->clear();
+  free_all_sets();
   steps_.clear();
   externals_.clear();
   pending_.clear();
@@ -256,20 +435,31 @@ std::int64_t DirtyTracker::next_seq() const {
   return next_seq_;
 }
 
-std::int64_t DirtyTracker::sealed_through() const {
-  const std::lock_guard lock(mutex_);
+std::int64_t DirtyTracker::last_sealed() const noexcept {
   std::int64_t seq = first_seq_ - 1;
   for (auto step = steps_.begin(); step != steps_.end() && step->sealed; ++step) ++seq;
   return seq;
 }
 
-std::uint64_t DirtyTracker::pending_slots() const {
+std::int64_t DirtyTracker::sealed_through() {
   const std::lock_guard lock(mutex_);
-  return pending_slots_;
+  notice_events();
+  return last_sealed();
 }
 
-std::uint64_t DirtyTracker::open_steps() const {
+std::uint64_t DirtyTracker::pending_slots() {
+  std::unique_lock lock(mutex_);
+  notice_events();
+  if (!sealed_sets_.empty()) {
+    await_take(lock);
+    fold_marks();
+  }
+  return pending_slots_ + pending_marks_;
+}
+
+std::uint64_t DirtyTracker::open_steps() {
   const std::lock_guard lock(mutex_);
+  notice_events();
   return open_steps_;
 }
 
@@ -280,7 +470,7 @@ std::uint64_t DirtyTracker::open_externals() const {
 
 std::uint64_t DirtyTracker::memory_bytes() const {
   const std::lock_guard lock(mutex_);
-  std::uint64_t bytes = 2 * pending_.bytes();
+  std::uint64_t bytes = 2 * pending_.bytes() + (marks_ ? marks_->memory_bytes() : 0);
   for (const Step& step : steps_) bytes += step.log.bytes();
   for (const auto& [token, external] : externals_) bytes += external.log.bytes();
   for (const WriteLog& log : spare_logs_) bytes += log.bytes();

@@ -1,14 +1,19 @@
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "pipelive/base/deadline.hpp"
 #include "pipelive/base/slot_range.hpp"
+#include "pipelive/device/device.hpp"
+#include "pipelive/tracker/mark_source.hpp"
 #include "pipelive/tracker/slot_bitmap.hpp"
 #include "pipelive/tracker/write_log.hpp"
 
@@ -37,6 +42,10 @@ struct Collected {
 /// the prefix: what a step needs from them the engine orders itself. The last collect of a
 /// migration must see no open external, or its writes would stay behind.
 ///
+/// A step's slots come from the host (record), or the device that writes them marks them itself
+/// (mark), or both. A step is sealed by the host's word or by an event: then it counts as sealed
+/// once that has passed, which is looked for whenever the tracker is asked something.
+///
 /// A writer that failed half-way is sealed all the same: its slots are copied once more than
 /// needed.
 ///
@@ -52,9 +61,10 @@ class DirtyTracker {
   static constexpr std::uint64_t kMaxOpenSteps = 65536;
   static constexpr std::uint64_t kMaxOpenExternals = 65536;
 
-  /// Steps are numbered from `next_seq` (at least 0). Throws Error(invalid_argument) or
-  /// Error(out_of_memory).
-  explicit DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq = 0);
+  /// Steps are numbered from `next_seq` (at least 0). `marks`, for mark(), has as many slots and
+  /// belongs to this tracker alone. Throws Error(invalid_argument) or Error(out_of_memory).
+  explicit DirtyTracker(std::uint64_t num_slots, std::int64_t next_seq = 0,
+                        std::shared_ptr<MarkSource> marks = nullptr);
   DirtyTracker(const DirtyTracker&) = delete;
   DirtyTracker& operator=(const DirtyTracker&) = delete;
 
@@ -67,8 +77,19 @@ class DirtyTracker {
   void record_ranges(std::int64_t seq, std::span<const SlotRange> ranges);
   void record_blocks(std::int64_t seq, std::span<const std::int64_t> ids, std::uint32_t block_size);
 
+  /// What `stream` is given from now on marks its slots for the open step `seq`, until mark() is
+  /// called for the next step in that stream; once per step. Steps whose marks are made by
+  /// different streams must not overlap on the device. Throws Error(invalid_argument) without a
+  /// MarkSource, and Error(busy) where as many steps are in flight as it can keep apart.
+  void mark(std::int64_t seq, Stream stream);
+
   /// Says that the device has completed the open step `seq`.
   void seal(std::int64_t seq);
+  /// Says that it has once `event` has passed. A failure that the event reports is thrown by
+  /// whatever looks for it next; the step stays open then.
+  void seal(std::int64_t seq, std::shared_ptr<Event> event);
+  /// Waits until every step up to `seq` is sealed; throws Error(timeout).
+  void wait_sealed(std::int64_t seq, Deadline deadline);
 
   /// Begins a log outside the steps. Returns its token, which is never given twice. Throws
   /// Error(busy) where kMaxOpenExternals are logged.
@@ -104,20 +125,25 @@ class DirtyTracker {
   /// The number that the next open() must give.
   [[nodiscard]] std::int64_t next_seq() const;
   /// Every step up to this one is sealed; one less than the first step's number at first.
-  [[nodiscard]] std::int64_t sealed_through() const;
-  /// Slots that a collect would take now.
-  [[nodiscard]] std::uint64_t pending_slots() const;
-  /// Steps opened and not sealed.
-  [[nodiscard]] std::uint64_t open_steps() const;
+  [[nodiscard]] std::int64_t sealed_through();
+  /// Slots that a collect would take now; a slot that both host and device have noted counts twice.
+  /// With marks of the device it asks the device.
+  [[nodiscard]] std::uint64_t pending_slots();
+  /// Steps opened and not sealed; events are looked at in the order of the steps.
+  [[nodiscard]] std::uint64_t open_steps();
   /// External writes recorded and not sealed.
   [[nodiscard]] std::uint64_t open_externals() const;
   /// Bytes held by bitmaps and logs.
   [[nodiscard]] std::uint64_t memory_bytes() const;
+  /// Where the device's own marks are; null without.
+  [[nodiscard]] const std::shared_ptr<MarkSource>& marks() const noexcept { return marks_; }
 
  private:
   struct Step {
     WriteLog log;
     bool sealed = false;
+    std::shared_ptr<Event> event = nullptr;      // seals the step
+    std::optional<unsigned> set = std::nullopt;  // where the device marks
   };
   struct External {
     WriteLog log;
@@ -125,7 +151,19 @@ class DirtyTracker {
     bool sealed = false;  // and waiting for the hold to end
   };
 
+  // Sets of marks: those of folded steps that have not been collected yet are moved to kPendingSet
+  // when their own set is needed, those of held steps to kHeldSet, and the rest is for steps.
+  static constexpr unsigned kPendingSet = 0;
+  static constexpr unsigned kHeldSet = 1;
+  static constexpr unsigned kFirstStepSet = 2;
+
+  void notice_events();
   void fold_sealed_steps() noexcept;
+  void await_take(std::unique_lock<std::mutex>& lock);
+  void fold_marks();
+  void fold_held_marks();
+  void free_all_sets();
+  [[nodiscard]] std::int64_t last_sealed() const noexcept;
   Step& find_open(const char* caller, std::int64_t seq);
   template <typename Add>
   std::uint64_t add_external(Add&& add);
@@ -133,6 +171,8 @@ class DirtyTracker {
   void keep_log(WriteLog&& log) noexcept;
 
   const std::uint64_t num_slots_;
+
+  const std::shared_ptr<MarkSource> marks_;
 
   std::mutex collect_mutex_;  // taken before mutex_; guards drained_
   SlotBitmap drained_;        // empty but while a collect scans it
@@ -149,6 +189,13 @@ class DirtyTracker {
   std::uint64_t open_externals_ = 0;
   std::uint64_t next_token_ = 1;
   std::uint64_t generation_ = 0;
+  std::condition_variable changed_;  // a step was sealed, or a collect has taken its sets
+  std::vector<unsigned> free_sets_;
+  std::vector<unsigned> sealed_sets_;  // of steps that were folded
+  bool pending_set_used_ = false;
+  std::uint64_t pending_marks_ = 0;  // slots in kPendingSet
+  bool held_set_used_ = false;
+  bool taking_ = false;               // a collect takes sets, without the mutex
   std::vector<WriteLog> spare_logs_;  // emptied logs whose memory the next steps use
 };
 

@@ -1,0 +1,175 @@
+#pragma once
+
+#include "pipelive/cuda/portable.hpp"
+#include "pipelive/cuda/slot_math.hpp"
+
+/// What one thread of the append kernel does. A *row* is one token's key or value of one head.
+namespace pipelive::cuda {
+
+inline constexpr u32 kAppendThreads = 256;
+
+/// One call of an append kernel. Strides are in bytes.
+struct AppendArgs {
+  u64 kv;
+  u64 key;
+  u64 value;
+  u64 slots;  ///< i64[tokens]
+  i64 block_stride;
+  i64 head_stride;
+  i64 kv_stride;
+  i64 token_stride;
+  i64 key_token_stride;
+  i64 key_head_stride;
+  i64 value_token_stride;
+  i64 value_head_stride;
+  u64 num_slots;  ///< slots from here on are not written
+  u32 items;      ///< tokens * heads * 2 * row_items, below 2^31
+  u32 heads;
+  u32 row_items;  ///< items of one row
+  u32 block_size;
+  u64 marks;      ///< u32[]: all sets of marks; 0: none are made
+  u64 set_words;  ///< words of a set
+  u64 set;        ///< u32: which set to mark in, read by every launch
+  u64 skipped;    ///< u64: counts slots that were out of range; 0: not counted
+};
+
+/// The slot of an item, and where its first element is read and written.
+struct AppendSpot {
+  i64 slot;  ///< -1: nothing is to be written
+  u64 from;
+  u64 to;
+  u32 first;  ///< 1 for the one item of a token that does what is done once per token
+};
+
+PIPELIVE_HD AppendSpot append_spot(const AppendArgs& args, u32 item, u32 from_bytes, u32 to_bytes) {
+  const u32 token_items = 2 * args.heads * args.row_items;
+  const u32 token = item / token_items;
+  u32 rest = item - token * token_items;
+  const u32 row = rest / args.row_items;
+  rest -= row * args.row_items;
+  const u32 is_value = row >= args.heads ? 1 : 0;
+  const u32 head = is_value != 0 ? row - args.heads : row;
+  AppendSpot spot;
+  spot.slot = at_address<const i64>(args.slots)[token];
+  spot.first = item == token * token_items ? 1 : 0;
+  if (is_value != 0) {
+    spot.from = args.value +
+                static_cast<u64>(token * args.value_token_stride + head * args.value_head_stride);
+  } else {
+    spot.from =
+        args.key + static_cast<u64>(token * args.key_token_stride + head * args.key_head_stride);
+  }
+  spot.from += static_cast<u64>(rest) * from_bytes;
+  const u64 slot = static_cast<u64>(spot.slot);
+  const u64 block = slot / args.block_size;
+  const u64 offset = slot - block * args.block_size;
+  spot.to = args.kv + block * static_cast<u64>(args.block_stride) +
+            offset * static_cast<u64>(args.token_stride) +
+            head * static_cast<u64>(args.head_stride) +
+            is_value * static_cast<u64>(args.kv_stride) + static_cast<u64>(rest) * to_bytes;
+  return spot;
+}
+
+/// float32 to bfloat16, to nearest even; a NaN stays one.
+PIPELIVE_HD u16 to_bfloat16(float value) {
+  union {
+    float number;
+    u32 bits;
+  } both;
+  both.number = value;
+  const u32 bits = both.bits;
+  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return static_cast<u16>((bits >> 16) | 0x40U);
+  return static_cast<u16>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+}
+
+/// float32 to float16, to nearest even; too large becomes infinite, a NaN stays one.
+PIPELIVE_HD u16 to_float16(float value) {
+  union {
+    float number;
+    u32 bits;
+  } both;
+  both.number = value;
+  const u32 sign = (both.bits >> 16) & 0x8000U;
+  const u32 magnitude = both.bits & 0x7FFFFFFFU;
+  if (magnitude > 0x7F800000U) return static_cast<u16>(sign | 0x7E00U);
+  if (magnitude >= 0x47800000U) return static_cast<u16>(sign | 0x7C00U);  // 65,536 and above
+  const u32 exponent = magnitude >> 23;
+  if (exponent < 102) return static_cast<u16>(sign);  // below 2^-25: half of the least, or less
+  if (exponent < 113) {                               // a subnormal, or what rounds up to normal
+    const u32 mantissa = (magnitude & 0x7FFFFFU) | 0x800000U;
+    const u32 shift = 126 - exponent;  // 14 to 24
+    const u32 kept = mantissa >> shift;
+    const u32 cut = mantissa & ((1U << shift) - 1);
+    const u32 half = 1U << (shift - 1);
+    const u32 up = cut > half || (cut == half && (kept & 1U) != 0) ? 1 : 0;
+    return static_cast<u16>(sign | (kept + up));
+  }
+  // A carry out of the mantissa goes into the exponent, and from the largest number to infinity.
+  const u32 rebased = magnitude - ((127U - 15U) << 23);
+  return static_cast<u16>(sign | ((rebased + 0xFFFU + ((rebased >> 13) & 1U)) >> 13));
+}
+
+/// Rounds `kNumbers` floats and writes them. kAligned: both sides are multiples of what is moved.
+struct alignas(16) Floats4 {
+  float x, y, z, w;
+};
+struct alignas(8) Halves4 {
+  u16 x, y, z, w;
+};
+
+struct NarrowToBfloat16 {
+  PIPELIVE_HD static u16 narrow(float value) { return to_bfloat16(value); }
+};
+struct NarrowToFloat16 {
+  PIPELIVE_HD static u16 narrow(float value) { return to_float16(value); }
+};
+
+/// What is moved by one item: raw bytes.
+template <typename Vector>
+struct MoveRaw {
+  static constexpr u32 kFromBytes = sizeof(Vector);
+  static constexpr u32 kToBytes = sizeof(Vector);
+  PIPELIVE_HD static void move(u64 from, u64 to) {
+    *at_address<Vector>(to) = *at_address<const Vector>(from);
+  }
+};
+/// Four floats, narrowed; 16 bytes aligned where they are read, 8 where they are written.
+template <typename Narrow>
+struct MoveNarrow4 {
+  static constexpr u32 kFromBytes = 16;
+  static constexpr u32 kToBytes = 8;
+  PIPELIVE_HD static void move(u64 from, u64 to) {
+    const Floats4 in = *at_address<const Floats4>(from);
+    *at_address<Halves4>(to) = Halves4{Narrow::narrow(in.x), Narrow::narrow(in.y),
+                                       Narrow::narrow(in.z), Narrow::narrow(in.w)};
+  }
+};
+template <typename Narrow>
+struct MoveNarrow1 {
+  static constexpr u32 kFromBytes = 4;
+  static constexpr u32 kToBytes = 2;
+  PIPELIVE_HD static void move(u64 from, u64 to) {
+    *at_address<u16>(to) = Narrow::narrow(*at_address<const float>(from));
+  }
+};
+
+/// One item. `Memory` offers the atomic operations: set_bits(u32*, u32) and add(u64*, u64).
+template <typename Move, typename Memory>
+PIPELIVE_HD void append_item(const AppendArgs& args, u32 item) {
+  const AppendSpot spot = append_spot(args, item, Move::kFromBytes, Move::kToBytes);
+  if (spot.slot < 0 || static_cast<u64>(spot.slot) >= args.num_slots) {
+    if (spot.slot != -1 && spot.first != 0 && args.skipped != 0) {
+      Memory::add(at_address<u64>(args.skipped), 1);
+    }
+    return;
+  }
+  if (spot.first != 0 && args.marks != 0) {
+    const u64 slot = static_cast<u64>(spot.slot);
+    const u32 set = *at_address<const u32>(args.set);
+    Memory::set_bits(at_address<u32>(args.marks) + set * args.set_words + slot / 32,
+                     1U << (slot % 32));
+  }
+  Move::move(spot.from, spot.to);
+}
+
+}  // namespace pipelive::cuda

@@ -1,0 +1,160 @@
+#include "slots_emulation.hpp"
+
+#include <functional>
+#include <map>
+#include <numeric>
+
+#include "pipelive/cuda/append_math.hpp"
+#include "pipelive/cuda/crc_math.hpp"
+#include "pipelive/cuda/mark_math.hpp"
+#include "pipelive/cuda/slot_math.hpp"
+
+namespace pipelive::cuda::test {
+namespace {
+
+using Kernel = std::function<void(unsigned grid, const void* args)>;
+
+struct PlainMemory {
+  static void set_bits(u32* word, u32 bits) { *word |= bits; }
+  static void add(u64* number, u64 more) { *number += more; }
+};
+
+template <typename Move>
+void append(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const AppendArgs*>(raw);
+  for (u32 item = 0; item < grid * kAppendThreads; ++item) {
+    if (item < args.items) append_item<Move, PlainMemory>(args, item);
+  }
+}
+
+template <typename Vector, bool kGather>
+void copy(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const SlotCopyArgs*>(raw);
+  for (unsigned tile = 0; tile < grid; ++tile) {
+    for (u32 thread = 0; thread < kCopyThreads; ++thread) {
+      copy_tile<Vector, kGather>(args, tile, thread);
+    }
+  }
+}
+
+void crc_tiles(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const CrcArgs*>(raw);
+  for (unsigned block = 0; block < grid; ++block) {
+    for (u32 tile = block; tile < args.tiles; tile += grid) {
+      u32 sum = 0;
+      for (u32 thread = 0; thread < kCrcThreads; ++thread) {
+        sum ^= crc_of_thread(args, at_address<const CrcTables>(args.tables)->fold, tile, thread);
+      }
+      at_address<u32>(args.sums)[tile] = sum;
+    }
+  }
+}
+
+void marks_take(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const MarkTakeArgs*>(raw);
+  u32* taken = at_address<u32>(args.taken);
+  for (unsigned chunk = 0; chunk < grid; ++chunk) {
+    const u64 first = u64{chunk} * kChunkWords;
+    for (u32 thread = 0; thread < kMarkThreads; ++thread) {
+      const u64 index = first + thread * kMarkWords;
+      at_address<MarkQuad>(args.taken)[index / kMarkWords] = take_words(args.sets, index);
+    }
+    u32 runs = 0;
+    for (u32 thread = 0; thread < kMarkThreads; ++thread) {
+      const u64 index = first + thread * kMarkWords;
+      MarkWindow window = window_of(taken, index, first + kChunkWords);
+      if (thread == 0) window.carry = 0;
+      runs += count_begins(window);
+    }
+    at_address<u32>(args.chunks)[chunk] =
+        chunk_summary(runs, taken[first] & 1U, taken[first + kChunkWords - 1] >> 31);
+  }
+}
+
+void marks_fold(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const MarkFoldArgs*>(raw);
+  for (u64 index = 0; index < u64{grid} * kChunkWords; index += kMarkWords) {
+    const MarkQuad more = take_words(args.sets, index);
+    MarkQuad& into = at_address<MarkQuad>(
+        args.sets.words)[(args.into * args.sets.set_words + index) / kMarkWords];
+    for (u32 w = 0; w < kMarkWords; ++w) {
+      *at_address<u64>(args.fresh) += count_ones(more.word[w] & ~into.word[w]);
+      into.word[w] |= more.word[w];
+    }
+  }
+}
+
+void marks_emit(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const MarkEmitArgs*>(raw);
+  const u32* chunks = at_address<const u32>(args.chunks);
+  const u64 words = u64{args.num_chunks} * kChunkWords;
+  for (unsigned chunk = 0; chunk < grid; ++chunk) {
+    u64 begin = 0;
+    u64 end = 0;
+    for (unsigned c = 0; c < chunk; ++c) {
+      begin += begins_in_chunk(chunks[c], c > 0 ? chunks[c - 1] : 0);
+      end += ends_in_chunk(chunks[c], chunks[c + 1]);
+    }
+    for (u32 thread = 0; thread < kMarkThreads; ++thread) {
+      const u64 index = u64{chunk} * kChunkWords + thread * kMarkWords;
+      const MarkWindow window = window_of(at_address<const u32>(args.taken), index, words);
+      emit_runs(window, index, begin, end, at_address<u64>(args.ranges), args.most);
+      begin += count_begins(window);
+      end += count_ends(window);
+    }
+    if (chunk + 1 == args.num_chunks) *at_address<u64>(args.total) = begin;
+  }
+}
+
+struct Entry {
+  unsigned threads;
+  Kernel run;
+};
+
+const std::map<std::string, Entry>& kernels() {
+  static const std::map<std::string, Entry> all{
+      {"pipelive_append_16", {kAppendThreads, append<MoveRaw<Vector16>>}},
+      {"pipelive_append_4", {kAppendThreads, append<MoveRaw<u32>>}},
+      {"pipelive_append_2", {kAppendThreads, append<MoveRaw<u16>>}},
+      {"pipelive_append_bfloat16_4", {kAppendThreads, append<MoveNarrow4<NarrowToBfloat16>>}},
+      {"pipelive_append_bfloat16_1", {kAppendThreads, append<MoveNarrow1<NarrowToBfloat16>>}},
+      {"pipelive_append_float16_4", {kAppendThreads, append<MoveNarrow4<NarrowToFloat16>>}},
+      {"pipelive_append_float16_1", {kAppendThreads, append<MoveNarrow1<NarrowToFloat16>>}},
+      {"pipelive_gather_16", {kCopyThreads, copy<Vector16, true>}},
+      {"pipelive_gather_8", {kCopyThreads, copy<u64, true>}},
+      {"pipelive_gather_4", {kCopyThreads, copy<u32, true>}},
+      {"pipelive_gather_2", {kCopyThreads, copy<u16, true>}},
+      {"pipelive_gather_1", {kCopyThreads, copy<unsigned char, true>}},
+      {"pipelive_scatter_16", {kCopyThreads, copy<Vector16, false>}},
+      {"pipelive_scatter_8", {kCopyThreads, copy<u64, false>}},
+      {"pipelive_scatter_4", {kCopyThreads, copy<u32, false>}},
+      {"pipelive_scatter_2", {kCopyThreads, copy<u16, false>}},
+      {"pipelive_scatter_1", {kCopyThreads, copy<unsigned char, false>}},
+      {"pipelive_crc_tiles", {kCrcThreads, crc_tiles}},
+      {"pipelive_marks_take", {kMarkThreads, marks_take}},
+      {"pipelive_marks_fold", {kMarkThreads, marks_fold}},
+      {"pipelive_marks_emit", {kMarkThreads, marks_emit}},
+  };
+  return all;
+}
+
+}  // namespace
+
+bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block,
+                         void** parameters) {
+  const auto found = kernels().find(name);
+  if (found == kernels().end() || block != found->second.threads || grid == 0) return false;
+  found->second.run(grid, parameters[0]);
+  return true;
+}
+
+const std::vector<std::string>& slot_kernel_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (const auto& [name, entry] : kernels()) all.push_back(name);
+    return all;
+  }();
+  return names;
+}
+
+}  // namespace pipelive::cuda::test

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+// The slot kernels, run on the CPU: what a thread does is the code that the device runs (the *_math
+// headers), only the barriers and sums in between are written again here.
+namespace pipelive::cuda::test {
+
+/// Runs a kernel as cuLaunchKernel would; false where there is none of that name.
+bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block, void** parameters);
+
+/// The names of all of them.
+[[nodiscard]] const std::vector<std::string>& slot_kernel_names();
+
+}  // namespace pipelive::cuda::test
