@@ -74,7 +74,7 @@ PeerStaging::PeerStaging(Device& device, const ExportedPages& exported, StagingS
     throw Error(ErrorCode::protocol, "the peer's staging has " + std::to_string(exported.bytes) +
                                          " bytes, its pieces " + std::to_string(shape.bytes()));
   }
-  pages_ = device.import_pages(exported);
+  pages_ = device.import_run({&exported, 1}, PageAccess::read);
   if (pages_->bytes() < shape.bytes()) {
     throw Error(ErrorCode::protocol, "the peer's staging maps to " +
                                          std::to_string(pages_->bytes()) + " bytes, expected " +

@@ -100,8 +100,8 @@ inline ChannelPair make_peers(const std::shared_ptr<Device>& a, const std::share
   PeerChannel::Options right;
   left.device = a;
   right.device = b;
-  left.own = std::make_unique<Staging>(a, shape);
-  right.own = std::make_unique<Staging>(b, shape);
+  left.own = std::make_shared<Staging>(a, shape);
+  right.own = std::make_shared<Staging>(b, shape);
   left.peer = mapped(*a, *right.own);
   right.peer = mapped(*b, *left.own);
   left.window_bytes = right.window_bytes = window;

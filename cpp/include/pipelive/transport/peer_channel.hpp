@@ -27,8 +27,8 @@ class PeerChannel final : public Channel {
     std::shared_ptr<Device> device;
     Stream stream;                                    ///< of this end's copies
     std::shared_ptr<const void> stream_owner;         ///< kept as long as the channel
-    std::unique_ptr<Staging> own;                     ///< where this end sends from; may be null
-    std::unique_ptr<PeerStaging> peer;                ///< where the peer sends from; may be null
+    std::shared_ptr<Staging> own;                     ///< where this end sends from; may be null
+    std::shared_ptr<const PeerStaging> peer;                ///< where the peer sends from; may be null
     std::size_t window_bytes = std::size_t{8} << 20;  ///< the same at both ends
   };
 
