@@ -59,8 +59,8 @@ struct FakeStream {
 };
 
 struct FakeEvent {
-  std::uint64_t recorded = 0;  ///< number of the last record
-  std::uint64_t completed = 0;
+  /// Whether the work before the last record is done. Who waits keeps the record it waits for.
+  std::shared_ptr<bool> done = std::make_shared<bool>(true);
 };
 
 struct FakeDevice {
@@ -81,8 +81,8 @@ struct State {
   std::map<std::string, Failure> failures;
   std::string mistakes;
   int device_count = 1;
-  std::size_t total_bytes = 0;
-  std::size_t granularity = 0;
+  std::size_t total_bytes = std::size_t{4} << 30;
+  std::size_t granularity = std::size_t{2} << 20;
   std::map<int, int> attributes;
   Result broken = kSuccess;  ///< an asynchronous failure, returned by every call from then on
 

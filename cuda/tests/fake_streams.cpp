@@ -196,10 +196,7 @@ FAKE_EXPORT Result cuStreamWaitEvent(StreamHandle stream, EventHandle event, uns
     fake::mistake("cuStreamWaitEvent for an event that does not exist");
     return kInvalidHandle;
   }
-  const std::uint64_t wanted = found->recorded;
-  return fake::submit(stream, [found, wanted] {
-    return !state().events.contains(found) || found->completed >= wanted;
-  });
+  return fake::submit(stream, [done = found->done] { return *done; });
 }
 
 FAKE_EXPORT Result cuStreamIsCapturing(StreamHandle stream, CaptureStatus* status) {
@@ -255,9 +252,9 @@ FAKE_EXPORT Result cuEventRecord(EventHandle event, StreamHandle stream) {
     fake::mistake("cuEventRecord of an event that does not exist");
     return kInvalidHandle;
   }
-  const std::uint64_t record = ++found->recorded;
-  return fake::submit(stream, [found, record] {
-    if (state().events.contains(found)) found->completed = std::max(found->completed, record);
+  found->done = std::make_shared<bool>(false);
+  return fake::submit(stream, [done = found->done] {
+    *done = true;
     return true;
   });
 }
@@ -270,7 +267,7 @@ FAKE_EXPORT Result cuEventQuery(EventHandle event) {
     fake::mistake("cuEventQuery of an event that does not exist");
     return kInvalidHandle;
   }
-  return found->completed >= found->recorded ? kSuccess : kNotReady;
+  return *found->done ? kSuccess : kNotReady;
 }
 
 FAKE_EXPORT Result cuEventSynchronize(EventHandle event) {
@@ -278,7 +275,7 @@ FAKE_EXPORT Result cuEventSynchronize(EventHandle event) {
   if (const Result result = enter_context("cuEventSynchronize")) return result;
   auto* found = reinterpret_cast<FakeEvent*>(event);
   if (!state().events.contains(found)) return kInvalidHandle;
-  state().changed.wait(lock, [found] { return found->completed >= found->recorded; });
+  state().changed.wait(lock, [done = found->done] { return *done; });
   return state().broken;
 }
 

@@ -7,44 +7,44 @@
 #include <set>
 #include <thread>
 
-#include "device/device_test_tools.hpp"
-#include "pipelive/device/fault_device.hpp"
-#include "pipelive/device/host_device.hpp"
+#include "device/device_cases.hpp"
 #include "pipelive/memory/arena.hpp"
 
 namespace pipelive {
 namespace {
 
-using testing::kPage;
-
-class PagePoolTest : public ::testing::Test {
+class PagePoolTest : public testing::DeviceTest {
  protected:
   std::shared_ptr<PagePool> make(std::size_t pages, std::size_t ahead = 0) {
-    return PagePool::create(fault_, {kPage, pages * kPage, ahead});
+    return PagePool::create(fault_, {page_, pages * page_, ahead});
   }
-  void TearDown() override {
-    fault_->disarm();
-    EXPECT_EQ(host_->usage(), DeviceUsage{});
+  /// Pages that hold zeros, whatever new ones hold.
+  void make_clean(PagePool& pool, std::size_t pages) {
+    pool.prepare(pages);
+    pool.wait_prepared(Deadline::after_seconds(20));
+    pool.prepare(0);
   }
-  std::shared_ptr<HostDevice> host_ = std::make_shared<HostDevice>();
-  std::shared_ptr<FaultDevice> fault_ = std::make_shared<FaultDevice>(host_);
 };
+
+INSTANTIATE_TEST_SUITE_P(Devices, PagePoolTest, ::testing::ValuesIn(testing::device_cases()),
+                         testing::case_name);
 
 Deadline soon() {
   return Deadline::after_seconds(20);
 }
 
-TEST_F(PagePoolTest, RefusesOptionsOutOfRange) {
-  EXPECT_ERROR(invalid_argument, "page_bytes is 100", (void)PagePool::create(fault_, {100, 4096}));
-  EXPECT_ERROR(invalid_argument, "page_bytes is 12288",
-               (void)PagePool::create(fault_, {3 * kPage, 1 << 20}));
-  EXPECT_ERROR(invalid_argument, "budget is 4095", (void)PagePool::create(fault_, {kPage, 4095}));
-  EXPECT_ERROR(invalid_argument, "device is null", (void)PagePool::create(nullptr, {kPage, kPage}));
+TEST_P(PagePoolTest, RefusesOptionsOutOfRange) {
+  EXPECT_ERROR(invalid_argument, "page_bytes is 100", (void)PagePool::create(fault_, {100, page_}));
+  EXPECT_ERROR(invalid_argument, "page_bytes is " + std::to_string(3 * page_),
+               (void)PagePool::create(fault_, {3 * page_, 8 * page_}));
+  EXPECT_ERROR(invalid_argument, "budget is " + std::to_string(page_ - 1),
+               (void)PagePool::create(fault_, {page_, page_ - 1}));
+  EXPECT_ERROR(invalid_argument, "device is null", (void)PagePool::create(nullptr, {page_, page_}));
 }
 
-TEST_F(PagePoolTest, HoldsToItsBudgetAndReusesPages) {
+TEST_P(PagePoolTest, HoldsToItsBudgetAndReusesPages) {
   const auto pool = make(4);
-  EXPECT_EQ(pool->budget_bytes(), 4 * kPage);
+  EXPECT_EQ(pool->budget_bytes(), 4 * page_);
   PageLease first = pool->take(3);
   EXPECT_ERROR(over_budget, "2 more pages", (void)pool->take(2));
   EXPECT_CODE(over_budget, pool->check_fits(2));
@@ -52,18 +52,18 @@ TEST_F(PagePoolTest, HoldsToItsBudgetAndReusesPages) {
   const std::set<PageHandle> handles(first.pages().begin(), first.pages().end());
   first.give_back();
   EXPECT_EQ(pool->stats().used_bytes, 0u);
-  EXPECT_EQ(pool->stats().free_bytes, 3 * kPage);
-  EXPECT_EQ(host_->usage().page_bytes, 3 * kPage);
+  EXPECT_EQ(pool->stats().free_bytes, 3 * page_);
+  EXPECT_EQ(device_->usage().page_bytes, 3 * page_);
   const PageLease second = pool->take(3);
   EXPECT_EQ(std::set<PageHandle>(second.pages().begin(), second.pages().end()), handles);
   const PagePoolStats stats = pool->stats();
   EXPECT_EQ(stats.pages_created, 3u);
   EXPECT_EQ(stats.pages_reused, 3u);
-  EXPECT_EQ(stats.peak_used_bytes, 3 * kPage);
-  EXPECT_EQ(stats.peak_held_bytes, 3 * kPage);
+  EXPECT_EQ(stats.peak_used_bytes, 3 * page_);
+  EXPECT_EQ(stats.peak_held_bytes, 3 * page_);
 }
 
-TEST_F(PagePoolTest, NeverHoldsMoreThanItsBudgetWhenPagesAreSplit) {
+TEST_P(PagePoolTest, NeverHoldsMoreThanItsBudgetWhenPagesAreSplit) {
   const auto pool = make(4);
   PageLease lease = pool->take(4);
   PageLease rest = lease.split(1);
@@ -72,14 +72,16 @@ TEST_F(PagePoolTest, NeverHoldsMoreThanItsBudgetWhenPagesAreSplit) {
   EXPECT_TRUE(lease.split(5).empty());
   rest.give_back();
   rest.give_back();
-  EXPECT_EQ(pool->stats().used_bytes, kPage);
+  EXPECT_EQ(pool->stats().used_bytes, page_);
   lease = pool->take(3);
-  EXPECT_EQ(pool->stats().used_bytes, 3 * kPage);
+  EXPECT_EQ(pool->stats().used_bytes, 3 * page_);
   EXPECT_LE(pool->stats().held_bytes, pool->budget_bytes());
 }
 
-TEST_F(PagePoolTest, KnowsWhichPagesHoldZeros) {
+TEST_P(PagePoolTest, KnowsWhichPagesHoldZeros) {
   const auto pool = make(4);
+  EXPECT_EQ(pool->take(1).dirty(0), !device_->info().zeroed_pages);
+  make_clean(*pool, 4);
   PageLease lease = pool->take(2);
   EXPECT_FALSE(lease.dirty(0));
   lease.mark_dirty();
@@ -88,82 +90,81 @@ TEST_F(PagePoolTest, KnowsWhichPagesHoldZeros) {
   EXPECT_TRUE(pool->take(1, PagePool::Prefer::dirty).dirty(0));
   PageLease mixed = pool->take(3, PagePool::Prefer::clean);
   EXPECT_EQ(mixed.size(), 3u);
-  EXPECT_EQ(mixed.dirty(0) + mixed.dirty(1) + mixed.dirty(2), 2);
-  // A lease that nobody wrote to stays clean.
-  PageLease clean = pool->take(1);
-  EXPECT_FALSE(clean.dirty(0));
-  clean.give_back();
-  EXPECT_EQ(pool->stats().prepared_bytes, kPage);
+  EXPECT_EQ(mixed.dirty(0) + mixed.dirty(1) + mixed.dirty(2), 1);
+  EXPECT_TRUE(pool->take(1).dirty(0));
+  // Pages that nobody wrote to stay clean.
+  mixed.give_back();
+  EXPECT_EQ(pool->stats().prepared_bytes, 2 * page_);
 }
 
-TEST_F(PagePoolTest, TrimReturnsFreePages) {
+TEST_P(PagePoolTest, TrimReturnsFreePages) {
   const auto pool = make(8);
   PageLease lease = pool->take(6);
   PageLease kept = lease.split(2);
   lease.give_back();
-  EXPECT_EQ(pool->trim(kPage), kPage);
-  EXPECT_EQ(host_->usage().page_bytes, 5 * kPage);
-  EXPECT_EQ(pool->trim(), kPage);
+  EXPECT_EQ(pool->trim(page_), page_);
+  EXPECT_EQ(device_->usage().page_bytes, 5 * page_);
+  EXPECT_EQ(pool->trim(), page_);
   EXPECT_EQ(pool->trim(), 0u);
-  EXPECT_EQ(host_->resident_file_bytes(), 4 * kPage);
+  EXPECT_EQ(device_->usage().page_bytes, 4 * page_);
 }
 
-TEST_F(PagePoolTest, FailuresOfTheDeviceChangeNothing) {
+TEST_P(PagePoolTest, FailuresOfTheDeviceChangeNothing) {
   const auto pool = make(8);
   pool->take(2).give_back();
   fault_->fail(DeviceCall::create_pages, 1);
   EXPECT_CODE(device, (void)pool->take(5));
   EXPECT_EQ(pool->stats().used_bytes, 0u);
-  EXPECT_EQ(pool->stats().free_bytes, 2 * kPage);
+  EXPECT_EQ(pool->stats().free_bytes, 2 * page_);
   fault_->fail(DeviceCall::destroy_pages, 1);
   EXPECT_CODE(device, pool->trim());
-  EXPECT_EQ(pool->stats().free_bytes, 2 * kPage);
+  EXPECT_EQ(pool->stats().free_bytes, 2 * page_);
   EXPECT_EQ(pool->take(8).size(), 8u);
 }
 
-TEST_F(PagePoolTest, PreparesPagesInTheBackground) {
+TEST_P(PagePoolTest, PreparesPagesInTheBackground) {
   const auto pool = make(16, 6);
   pool->wait_prepared(soon());
-  EXPECT_EQ(pool->stats().prepared_bytes, 6 * kPage);
+  EXPECT_EQ(pool->stats().prepared_bytes, 6 * page_);
   const std::uint64_t calls = fault_->calls(DeviceCall::create_pages);
   {
     const PageLease lease = pool->take(6);
     // What was prepared did not have to be created.
     EXPECT_EQ(pool->stats().pages_reused, 6u);
     pool->wait_prepared(soon());
-    EXPECT_EQ(pool->stats().prepared_bytes, 6 * kPage);
+    EXPECT_EQ(pool->stats().prepared_bytes, 6 * page_);
     EXPECT_GT(fault_->calls(DeviceCall::create_pages), calls);
   }
   pool->prepare(0);
 }
 
-TEST_F(PagePoolTest, PreparationStopsAtTheBudget) {
+TEST_P(PagePoolTest, PreparationStopsAtTheBudget) {
   const auto pool = make(4);
   const PageLease lease = pool->take(3);
   pool->prepare(4);
   pool->wait_prepared(soon());
-  EXPECT_EQ(pool->stats().prepared_bytes, kPage);
+  EXPECT_EQ(pool->stats().prepared_bytes, page_);
   EXPECT_LE(pool->stats().peak_held_bytes, pool->budget_bytes());
   EXPECT_CODE(over_budget, pool->prepare(5));
 }
 
-TEST_F(PagePoolTest, PreparationScrubsPagesKeptForReuse) {
+TEST_P(PagePoolTest, PreparationScrubsPagesKeptForReuse) {
   const auto pool = make(4);
   {
-    Arena arena(pool, 4 * kPage);
-    arena.map(0, 4 * kPage);
-    fault_->fill(arena.base(), 0x7F, 4 * kPage);
+    Arena arena(pool, 4 * page_);
+    arena.map(0, 4 * page_);
+    fault_->fill(arena.base(), 0x7F, 4 * page_);
   }
   EXPECT_EQ(pool->stats().prepared_bytes, 0u);
   pool->prepare(4);
   pool->wait_prepared(soon());
-  EXPECT_EQ(pool->stats().prepared_bytes, 4 * kPage);
-  Arena arena(pool, 4 * kPage);
-  arena.map(0, 4 * kPage);
-  EXPECT_EQ(testing::read(*fault_, arena.base(), 4 * kPage), std::vector<std::byte>(4 * kPage));
+  EXPECT_EQ(pool->stats().prepared_bytes, 4 * page_);
+  Arena arena(pool, 4 * page_);
+  arena.map(0, 4 * page_);
+  EXPECT_EQ(testing::read(*fault_, arena.base(), 4 * page_), std::vector<std::byte>(4 * page_));
 }
 
-TEST_F(PagePoolTest, PreparationSurvivesARefusal) {
+TEST_P(PagePoolTest, PreparationSurvivesARefusal) {
   for (const DeviceCall call : {DeviceCall::create_pages, DeviceCall::reserve, DeviceCall::map,
                                 DeviceCall::fill, DeviceCall::record, DeviceCall::unmap}) {
     const auto pool = make(4);
@@ -178,56 +179,32 @@ TEST_F(PagePoolTest, PreparationSurvivesARefusal) {
     EXPECT_EQ(pool->stats().used_bytes, 0u);
     pool->prepare(3);
     pool->wait_prepared(soon());
-    EXPECT_EQ(pool->stats().prepared_bytes, 3 * kPage) << to_string(call);
+    EXPECT_EQ(pool->stats().prepared_bytes, 3 * page_) << to_string(call);
     EXPECT_EQ(pool->take(4).size(), 4u);
   }
 }
 
-TEST_F(PagePoolTest, ClosingReturnsPagesAsTheyComeBack) {
+TEST_P(PagePoolTest, ClosingReturnsPagesAsTheyComeBack) {
   const auto pool = make(4, 1);
   PageLease lease = pool->take(2);
   pool->close();
   EXPECT_TRUE(pool->closed());
   EXPECT_CODE(closed, (void)pool->take(1));
   EXPECT_CODE(closed, pool->prepare(1));
-  EXPECT_EQ(host_->usage().page_bytes, 2 * kPage);
+  EXPECT_EQ(device_->usage().page_bytes, 2 * page_);
   lease.give_back();
-  EXPECT_EQ(host_->usage().page_bytes, 0u);
+  EXPECT_EQ(device_->usage().page_bytes, 0u);
   pool->close();
 }
 
-TEST_F(PagePoolTest, ALeaseOutlivesTheHandleOfItsPool) {
+TEST_P(PagePoolTest, ALeaseOutlivesTheHandleOfItsPool) {
   PageLease lease = make(2)->take(2);
-  EXPECT_EQ(host_->usage().page_bytes, 2 * kPage);
+  EXPECT_EQ(device_->usage().page_bytes, 2 * page_);
   lease.give_back();
-  EXPECT_EQ(host_->usage().page_bytes, 0u);
+  EXPECT_EQ(device_->usage().page_bytes, 0u);
 }
 
-TEST_F(PagePoolTest, AForkedChildLeavesItsParentsPagesAlone) {
-  auto pool = make(8, 2);
-  pool->wait_prepared(soon());
-  auto arena = std::make_unique<Arena>(pool, 4 * kPage);
-  arena->map(0, 4 * kPage);
-  pool->wait_prepared(soon());
-  arena->base()[0] = std::byte{5};
-  const pid_t child = ::fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    // Its destructors must neither hang nor punch holes into the shared file.
-    const bool refused =
-        testing::code_of([&] { (void)pool->take(4); }) == static_cast<int>(ErrorCode::device);
-    arena.reset();
-    pool.reset();
-    ::_exit(refused ? 0 : 1);
-  }
-  int status = 0;
-  ASSERT_EQ(::waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-  EXPECT_EQ(arena->base()[0], std::byte{5});
-  EXPECT_EQ(host_->resident_file_bytes(), pool->stats().held_bytes);
-}
-
-TEST_F(PagePoolTest, ThreadsShareTheBudget) {
+TEST_P(PagePoolTest, ThreadsShareTheBudget) {
   const auto pool = make(32, 4);
   std::vector<std::thread> threads;
   for (unsigned number = 0; number < 4; ++number) {
