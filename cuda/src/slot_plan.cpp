@@ -36,8 +36,9 @@ bool blocks_are_canonical(const BlockLayout& layout) {
 
 class Planner {
  public:
-  Planner(std::span<const LayerSlots> slots, std::size_t direct_bytes, std::uint64_t alignment)
-      : direct_bytes_(direct_bytes) {
+  Planner(std::span<const LayerSlots> slots, std::size_t direct_bytes, bool strided,
+          std::uint64_t alignment)
+      : direct_bytes_(direct_bytes), strided_(strided) {
     if (slots.empty()) return;
     const BlockLayout& first = *slots.front().layout;
     std::uint64_t bits = alignment | first.fragment_bytes;
@@ -72,10 +73,10 @@ class Planner {
     const std::uint64_t head = std::min(range.count, (block - range.begin % block) % block);
     const std::uint64_t blocks = (range.count - head) / block;
     const std::uint64_t stride = layer.memory.block_stride;
-    const bool direct =
-        blocks * block_bytes_ >= direct_bytes_ && blocks != 0 &&
-        blocks_are_canonical(*layer.layout) &&
-        (stride == block_bytes_ || (block_bytes_ >= kLeastRow && stride < (1ULL << 31)));
+    const bool direct = blocks * block_bytes_ >= direct_bytes_ && blocks != 0 &&
+                        blocks_are_canonical(*layer.layout) &&
+                        (stride == block_bytes_ ||
+                         (strided_ && block_bytes_ >= kLeastRow && stride < (1ULL << 31)));
     if (!direct) {
       add_records(index, range, 0, range.count);
       return;
@@ -148,6 +149,7 @@ class Planner {
 
   SlotPlan plan_;
   std::size_t direct_bytes_;
+  bool strided_;
   std::uint64_t block_bytes_ = 0;
   std::uint64_t most_slots_ = 0;
 };
@@ -181,9 +183,9 @@ SlotTable SlotPlan::write_tables(std::byte* host, std::uint64_t device) const {
   return table;
 }
 
-SlotPlan plan_slots(std::span<const LayerSlots> slots, std::size_t direct_bytes,
+SlotPlan plan_slots(std::span<const LayerSlots> slots, std::size_t direct_bytes, bool strided,
                     std::uint64_t packed_alignment) {
-  Planner planner(slots, direct_bytes, packed_alignment);
+  Planner planner(slots, direct_bytes, strided, packed_alignment);
   for (std::uint32_t index = 0; index < slots.size(); ++index) {
     for (const SlotRange& range : slots[index].ranges) {
       if (range.count != 0) planner.add(slots[index], index, range);
@@ -200,7 +202,7 @@ SlotPlan plan_slots_part(const LayerSlots& slots, SlotRange part, std::uint64_t 
            ") are not a part of [" + std::to_string(range.begin) + ", +" +
            std::to_string(range.count) + ")");
   }
-  Planner planner({&slots, 1}, 0, packed_alignment);
+  Planner planner({&slots, 1}, 0, false, packed_alignment);
   const std::uint64_t first = part.begin - range.begin;
   planner.add_records(0, range, first, first + part.count);
   return planner.take();

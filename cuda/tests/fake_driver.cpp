@@ -168,6 +168,14 @@ FAKE_EXPORT void fake_driver_granularity(std::uint64_t bytes) {
 FAKE_EXPORT void fake_driver_attribute(int attribute, int value) {
   state().attributes[attribute] = value;
 }
+FAKE_EXPORT void fake_driver_kernel(const char* name, std::size_t bytes, FakeKernelRun* run) {
+  const Lock lock(state().mutex);
+  if (run == nullptr) {
+    state().kernels.erase(name);
+  } else {
+    state().kernels[name] = {bytes, run};
+  }
+}
 FAKE_EXPORT const char* fake_driver_mistakes() {
   return state().mistakes.c_str();
 }
@@ -378,6 +386,11 @@ FAKE_EXPORT Result cuModuleGetFunction(FunctionHandle* function, ModuleHandle mo
   const Lock lock(state().mutex);
   if (const Result result = enter("cuModuleGetFunction")) return result;
   if (module != reinterpret_cast<ModuleHandle>(&fake::module_tag)) return kInvalidValue;
+  const auto kernel = state().kernels.find(name);
+  if (kernel != state().kernels.end()) {
+    *function = reinterpret_cast<FunctionHandle>(&*kernel);
+    return kSuccess;
+  }
   if (std::strcmp(name, "pipelive_scale_f32") != 0) return kNotFound;
   *function = reinterpret_cast<FunctionHandle>(&fake::function_tag);
   return kSuccess;
@@ -425,6 +438,25 @@ FAKE_EXPORT Result cuLaunchKernel(FunctionHandle function, unsigned grid_x, unsi
                                   void** parameters, void** /*extra*/) {
   const Lock lock(state().mutex);
   if (const Result result = enter_context("cuLaunchKernel")) return result;
+  for (const auto& entry : state().kernels) {
+    if (reinterpret_cast<FunctionHandle>(const_cast<void*>(static_cast<const void*>(&entry))) !=
+        function) {
+      continue;
+    }
+    if (grid_x == 0 || grid_y != 1 || grid_z != 1 || block_x == 0 || block_x > 1024 ||
+        block_y != 1 || block_z != 1) {
+      return kInvalidValue;
+    }
+    // The parameter is taken at the call; the caller's memory may be gone when the kernel runs.
+    const auto* first = static_cast<const std::byte*>(parameters[0]);
+    const std::vector<std::byte> parameter(first, first + entry.second.bytes);
+    const std::string name = entry.first;
+    FakeKernelRun* const run = entry.second.run;
+    return fake::submit(stream, [name, run, parameter, grid_x, block_x] {
+      run(name.c_str(), grid_x, block_x, parameter.data());
+      return true;
+    });
+  }
   if (function != reinterpret_cast<FunctionHandle>(&fake::function_tag) || grid_x == 0 ||
       grid_y != 1 || grid_z != 1 || block_x == 0 || block_x > 1024 || block_y != 1 ||
       block_z != 1) {

@@ -43,6 +43,11 @@ using FakeDriverHold = void(void* stream, int held);
 using FakeDriverPending = int(void* stream);
 /// Starts or ends the capture of a graph.
 using FakeDriverCapture = void(void* stream, int on);
+/// What stands in for a kernel: called when the stream comes to it, with the one parameter.
+using FakeKernelRun = void(const char* name, unsigned grid, unsigned block, const void* parameter);
+/// From now on, also after a reset, every module has a kernel of that name, whose one parameter has
+/// `bytes` bytes. A null `run` takes it away.
+using FakeDriverKernel = void(const char* name, std::size_t bytes, FakeKernelRun* run);
 /// What is wrong with the calls so far that the real driver might let pass; empty if nothing is.
 using FakeDriverMistakes = const char*();
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "fake_driver.hpp"
 #include "pipelive/cuda/driver_api.hpp"
 
 #define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -69,6 +70,11 @@ struct FakeDevice {
   FakeStream legacy;
 };
 
+struct FakeKernel {
+  std::size_t bytes = 0;
+  FakeKernelRun* run = nullptr;
+};
+
 struct State {
   std::recursive_mutex mutex;
   std::condition_variable_any changed;
@@ -95,6 +101,7 @@ struct State {
   std::set<FakeEvent*> events;
   std::set<std::pair<int, int>> peers;
   int modules = 0;
+  std::map<std::string, FakeKernel> kernels;
   std::uint64_t generation = 0;  ///< of reset; per-thread state of an older one is void
   std::uint64_t next_handle = 0;
 };

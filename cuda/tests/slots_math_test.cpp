@@ -112,7 +112,7 @@ TEST_P(SlotKernels, GatherPacksAsTheHostDoes) {
     }
     for (const std::size_t direct : {std::size_t{1}, one.layout.block_bytes * 3, ~std::size_t{0}}) {
       for (const std::uint64_t piece : {std::uint64_t{1} << 30, std::uint64_t{4096}}) {
-        const SlotPlan plan = plan_slots(slots, direct, 0);
+        const SlotPlan plan = plan_slots(slots, direct, true, 0);
         ASSERT_EQ(plan.bytes, expected.size());
         if (direct == ~std::size_t{0}) {
           ASSERT_EQ(plan.parts.size(), 1U);
@@ -140,8 +140,8 @@ TEST_P(SlotKernels, ScatterIsTheInverseAndTouchesNothingElse) {
     gather(source.layout, source.memory, ranges, packed);
     scatter(expected.layout, expected.memory, ranges, packed);
     const LayerSlots slots{&target.layout, target.memory, ranges};
-    execute(plan_slots({&slots, 1}, trial < 3 ? ~std::size_t{0} : 4096, 0), packed.data(), false,
-            1 << 14);
+    execute(plan_slots({&slots, 1}, trial < 3 ? ~std::size_t{0} : 4096, trial == 3, 0),
+            packed.data(), false, 1 << 14);
     ASSERT_EQ(target.bytes, expected.bytes);
   }
 }
@@ -172,16 +172,16 @@ TEST(SlotPlan, RefusesWhatDoesNotFit) {
   for (const SlotRange& range :
        {SlotRange{29, 4}, SlotRange{32, 1}, SlotRange{kHuge, 4}, SlotRange{4, kHuge}}) {
     const LayerSlots slots{&layer.layout, layer.memory, {&range, 1}};
-    EXPECT_THROW((void)plan_slots({&slots, 1}, 1, 0), Error);
+    EXPECT_THROW((void)plan_slots({&slots, 1}, 1, false, 0), Error);
   }
   const SlotRange fine{28, 4};
   const std::vector<LayerSlots> mixed{{&layer.layout, layer.memory, {&fine, 1}},
                                       {&other.layout, other.memory, {&fine, 1}}};
-  EXPECT_THROW((void)plan_slots(mixed, 1, 0), Error);
+  EXPECT_THROW((void)plan_slots(mixed, 1, true, 0), Error);
   const LayerSlots slots{&layer.layout, layer.memory, {&fine, 1}};
   EXPECT_THROW((void)plan_slots_part(slots, {27, 2}, 0), Error);
   EXPECT_THROW((void)plan_slots_part(slots, {30, 3}, 0), Error);
-  EXPECT_EQ(plan_slots({}, 1, 0).bytes, 0U);
+  EXPECT_EQ(plan_slots({}, 1, true, 0).bytes, 0U);
 }
 
 TEST(SlotPlan, LongRangesAreCutAtBlocksAndVectorsFitEveryAddress) {
@@ -192,7 +192,7 @@ TEST(SlotPlan, LongRangesAreCutAtBlocksAndVectorsFitEveryAddress) {
                            1ULL << 31};
   const SlotRange range{5, (1ULL << 33) + 3};
   const LayerSlots slots{&layout, memory, {&range, 1}};
-  const SlotPlan plan = plan_slots({&slots, 1}, ~std::size_t{0}, 0);
+  const SlotPlan plan = plan_slots({&slots, 1}, ~std::size_t{0}, false, 0);
   EXPECT_EQ(plan.shape.vector_bytes, 2U);  // because of the blocks' stride
   ASSERT_GT(plan.records.size(), 1U);
   std::uint64_t slot = range.begin;
@@ -211,8 +211,8 @@ TEST(SlotPlan, LongRangesAreCutAtBlocksAndVectorsFitEveryAddress) {
   EXPECT_EQ(spot.address, 0x10000000 + end / 16 * memory.block_stride +
                               layout.fragment_offsets.back() + end % 16 * layout.token_stride +
                               layout.fragment_bytes - 2);
-  EXPECT_EQ(plan_slots({&slots, 1}, 1, 4).shape.vector_bytes, 2U);
-  EXPECT_EQ(plan_slots({&slots, 1}, 1, 1).shape.vector_bytes, 1U);
+  EXPECT_EQ(plan_slots({&slots, 1}, 1, false, 4).shape.vector_bytes, 2U);
+  EXPECT_EQ(plan_slots({&slots, 1}, 1, false, 1).shape.vector_bytes, 1U);
 }
 
 TEST(CrcTiles, AgreeWithTheHostForEveryLengthAndAlignment) {

@@ -24,10 +24,10 @@ struct EndMemory {
       layers.push_back(std::make_unique<PlainLayer>(kv, blocks, stack));
     }
   }
-  [[nodiscard]] PatchLayers patch_layers() const {
+  [[nodiscard]] PatchLayers patch_layers(std::shared_ptr<SlotCopier> copier = nullptr) const {
     std::vector<PatchLayer> result;
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      result.push_back({ids[i], layers[i]->layout, layers[i]->memory, nullptr});
+      result.push_back({ids[i], layers[i]->layout, layers[i]->memory, nullptr, copier});
     }
     return {spec, std::move(result)};
   }

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "pipelive/cuda/driver.hpp"
+#include "pipelive/cuda/slot_kernels.hpp"
 #include "pipelive/transport/slot_copier.hpp"
 
 namespace pipelive::cuda {
@@ -33,6 +34,7 @@ class CudaSlotCopier final : public SlotCopier {
   /// range, Error(out_of_memory) or Error(device).
   explicit CudaSlotCopier(std::shared_ptr<const PrimaryContext> context);
   CudaSlotCopier(std::shared_ptr<const PrimaryContext> context, const Options& options);
+  CudaSlotCopier(std::shared_ptr<const SlotKernels> kernels, const Options& options);
   /// Waits for what is under way.
   ~CudaSlotCopier() override;
 

@@ -35,13 +35,13 @@ struct SlotPlan {
 };
 
 /// Lays out a call. `direct_bytes` is the length from which on a run of whole blocks goes by the
-/// copy engine: contiguous ones, and of strided ones those whose rows are long as well.
+/// copy engine: contiguous ones and, with `strided`, those whose rows are long as well.
 /// `packed_alignment` is that of the packed bytes' address.
 ///
 /// Throws Error(invalid_argument) where a range lies outside its layer, where layers differ in
 /// their slots' shape, or where one block takes 1 GiB or more.
 [[nodiscard]] SlotPlan plan_slots(std::span<const LayerSlots> slots, std::size_t direct_bytes,
-                                  std::uint64_t packed_alignment);
+                                  bool strided, std::uint64_t packed_alignment);
 /// The same for scatter_part: of `range`, only the slots of `part`.
 [[nodiscard]] SlotPlan plan_slots_part(const LayerSlots& slots, SlotRange part,
                                        std::uint64_t packed_alignment);

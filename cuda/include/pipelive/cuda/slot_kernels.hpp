@@ -1,0 +1,71 @@
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "pipelive/cuda/driver.hpp"
+
+namespace pipelive::cuda {
+
+/// The kernels that work on slots, loaded into one device's context: append, marks, gather, scatter
+/// and checksum. Immutable, so that several threads may use it.
+class SlotKernels {
+ public:
+  /// Fatbins of slots_append.cu, slots_copy.cu and slots_marks.cu.
+  struct Images {
+    std::span<const std::byte> append;
+    std::span<const std::byte> copy;
+    std::span<const std::byte> marks;
+  };
+
+  /// The kernels that this build carries, loaded at the first call for a context and kept: a launch
+  /// may be under way, or captured in a graph, long after its caller has gone. Throws Error(device),
+  /// also where the build carries none.
+  [[nodiscard]] static std::shared_ptr<const SlotKernels> of(
+      const std::shared_ptr<const PrimaryContext>& context);
+  /// Lets go of what of() has kept; for tests, which take the driver down.
+  static void forget();
+
+  SlotKernels(std::shared_ptr<const PrimaryContext> context, const Images& images);
+  ~SlotKernels();
+  SlotKernels(const SlotKernels&) = delete;
+  SlotKernels& operator=(const SlotKernels&) = delete;
+
+  [[nodiscard]] const std::shared_ptr<const PrimaryContext>& context() const noexcept {
+    return context_;
+  }
+
+  /// By what one thread moves: 16, 4 or 2 bytes.
+  [[nodiscard]] FunctionHandle append(unsigned bytes) const;
+  /// From float32 to bfloat16 or float16, four numbers at a time or one.
+  [[nodiscard]] FunctionHandle append_narrow(bool bfloat16, bool four) const noexcept;
+  /// By the bytes of a vector: 16, 8, 4, 2 or 1.
+  [[nodiscard]] FunctionHandle gather(unsigned bytes) const;
+  [[nodiscard]] FunctionHandle scatter(unsigned bytes) const;
+
+  FunctionHandle crc_tiles = nullptr;
+  FunctionHandle marks_take = nullptr;
+  FunctionHandle marks_fold = nullptr;
+  FunctionHandle marks_emit = nullptr;
+  /// CrcTables in device memory.
+  [[nodiscard]] DevicePointer crc_tables() const noexcept;
+
+  /// Launches a kernel whose one parameter is `args`, with `threads` threads in each of `blocks`
+  /// blocks (at least 1). The context must be current.
+  template <typename Args>
+  void launch(FunctionHandle kernel, std::string_view name, std::uint64_t blocks, unsigned threads,
+              StreamHandle stream, const Args& args) const {
+    launch_raw(kernel, name, blocks, threads, stream, &args);
+  }
+
+ private:
+  struct Modules;
+  void launch_raw(FunctionHandle kernel, std::string_view name, std::uint64_t blocks,
+                  unsigned threads, StreamHandle stream, const void* args) const;
+
+  const std::shared_ptr<const PrimaryContext> context_;
+  std::unique_ptr<Modules> modules_;
+};
+
+}  // namespace pipelive::cuda
