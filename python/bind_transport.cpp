@@ -311,7 +311,7 @@ void bind_transport(py::module_& m) {
   bind_nccl(m);
   m.def(
       "device_identity",
-      [](const std::shared_ptr<Device>& device) {
+      [](const std::shared_ptr<Device>& device) -> py::tuple {
         // The same for all processes that use the same GPU, whatever number they give it.
         const auto cuda_device = std::dynamic_pointer_cast<cuda::CudaDevice>(device);
         if (!cuda_device) return py::make_tuple(device->info().name, std::string(), true);
