@@ -12,6 +12,7 @@
 #include "pipelive/base/error.hpp"
 #include "pipelive/kv/kv_pool.hpp"
 #include "pipelive/kv/layer_view.hpp"
+#include "stream_arg.hpp"
 #include "tensor_view.hpp"
 
 namespace py = pybind11;
@@ -61,6 +62,11 @@ TensorExport part_of(const LayerView& view, std::optional<int> part) {
   tensor.shape.assign(view.shape().begin(), view.shape().end());
   tensor.strides.assign(view.strides().begin(), view.strides().end());
   tensor.owner = std::make_shared<LayerView>(view);
+  if (view.device_kind() == DeviceKind::cuda) {
+    tensor.order_consumer = [blocks = view.blocks()](Stream consumer) {
+      blocks->order_consumer(consumer);
+    };
+  }
   if (part) {
     tensor.data += static_cast<std::size_t>(*part) * static_cast<std::size_t>(tensor.strides[2]) *
                    size_of(view.spec().dtype);
@@ -243,12 +249,32 @@ void bind_pool(py::module_& m) {
       .def(
           "shrink",
           [](KVPool& pool, std::uint64_t capacity, const std::vector<std::uint64_t>& live,
-             const Moves& moves) { pool.shrink(capacity, live, to_moves(moves)); },
-          py::arg("capacity"), py::arg("live"), py::arg("moves"), Release())
+             const Moves& moves, py::handle stream) {
+            const Stream chosen = stream_from(stream, "stream");
+            const py::gil_scoped_release release;
+            pool.shrink(capacity, live, to_moves(moves), {}, chosen);
+          },
+          py::arg("capacity"), py::arg("live"), py::arg("moves"), py::arg("stream") = py::none())
       .def(
           "move_blocks",
-          [](KVPool& pool, const Moves& moves) { pool.move_blocks(to_moves(moves)); },
-          py::arg("moves"), Release())
+          [](KVPool& pool, const Moves& moves, py::handle stream) {
+            const Stream chosen = stream_from(stream, "stream");
+            const py::gil_scoped_release release;
+            pool.move_blocks(to_moves(moves), chosen);
+          },
+          py::arg("moves"), py::arg("stream") = py::none())
+      .def(
+          "note_stream",
+          [](const KVPool& pool, py::handle stream) {
+            pool.residency().note_stream(stream_from(stream, "stream"));
+          },
+          py::arg("stream"))
+      .def(
+          "forget_stream",
+          [](const KVPool& pool, py::handle stream) {
+            pool.residency().forget_stream(stream_from(stream, "stream"));
+          },
+          py::arg("stream"))
       .def("is_resident", &KVPool::is_resident, py::arg("block"))
       .def("stats", &KVPool::stats, Release())
       .def("close", &KVPool::close, Release());
@@ -277,11 +303,11 @@ void bind_pool(py::module_& m) {
                tensor.owner = std::move(view);
                adopted.push_back(std::move(tensor));
              }
-             const dlpack::Device where = device.value_or(dlpack::Device{});
+             dlpack::Device where = device.value_or(dlpack::Device{});
+             if (where.type == dlpack::kCudaHost) where = dlpack::Device{};  // pinned
              if (where.type != dlpack::kCpu && where.type != dlpack::kCuda) {
-               throw Error(ErrorCode::invalid_argument, "tensors lie on a device of DLPack type " +
-                                                            std::to_string(where.type) +
-                                                            ", expected the CPU or a CUDA GPU");
+               throw Error(ErrorCode::invalid_argument,
+                           "tensors lie on " + name_of(where) + ", expected the CPU or a CUDA GPU");
              }
              return AdoptedPool::create(
                  spec, num_layers, std::move(adopted),

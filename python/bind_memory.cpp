@@ -72,6 +72,7 @@ void bind_tensor(py::module_& m) {
       .def_property_readonly("strides",
                              [](const TensorExport& t) { return py::tuple(py::cast(t.strides)); })
       .def_property_readonly("dtype", [](const TensorExport& t) { return name_of(t.dtype); })
+      .def_property_readonly("device", [](const TensorExport& t) { return name_of(t.device); })
       .def_property_readonly(
           "data_ptr",
           [](const TensorExport& t) { return reinterpret_cast<std::uintptr_t>(t.data); })

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "pipelive/base/error.hpp"
+#include "stream_arg.hpp"
 #include "tensor_view.hpp"
 
 namespace py = pybind11;
@@ -50,7 +51,7 @@ py::object make_capsule(const TensorExport& source, const char* name) {
 
 }  // namespace
 
-py::object export_dlpack(const TensorExport& tensor, py::handle /*stream*/, py::handle max_version,
+py::object export_dlpack(const TensorExport& tensor, py::handle stream, py::handle max_version,
                          py::handle dl_device, py::handle copy) {
   if (!copy.is_none() && copy.cast<bool>()) {
     throw py::buffer_error("this memory is exported in place; copy=True is not supported");
@@ -59,6 +60,13 @@ py::object export_dlpack(const TensorExport& tensor, py::handle /*stream*/, py::
     const auto [type, id] = dl_device.cast<std::pair<std::int32_t, std::int32_t>>();
     if (dlpack::Device{type, id} != tensor.device) {
       throw py::buffer_error("this memory is exported in place; it cannot go to another device");
+    }
+  }
+  if (tensor.device.type == dlpack::kCuda) {
+    const std::optional<Stream> consumer = consumer_stream(stream);
+    if (consumer && tensor.order_consumer) {
+      const py::gil_scoped_release release;
+      tensor.order_consumer(*consumer);
     }
   }
   const bool versioned =
@@ -74,7 +82,9 @@ py::tuple dlpack_device(const TensorExport& tensor) {
 
 py::object export_numpy(const TensorExport& tensor, dlpack::DataType dtype) {
   if (tensor.device.type != dlpack::kCpu) {
-    throw Error(ErrorCode::invalid_argument, "numpy can only view memory of the CPU");
+    throw Error(ErrorCode::invalid_argument,
+                "numpy can only view memory of the CPU, and this is on " + name_of(tensor.device) +
+                    "; take it by DLPack, as torch.from_dlpack and cupy.from_dlpack do");
   }
   if (dtype.bits != tensor.dtype.bits) {
     throw Error(ErrorCode::invalid_argument, "a view of " + name_of(tensor.dtype) + " as " +

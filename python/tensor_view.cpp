@@ -34,6 +34,14 @@ std::shared_ptr<void> own(Managed* managed) {
           }};
 }
 
+// torch says it without a tuple being made, which on the host would double the cost of borrowing.
+bool on_cuda(py::handle object) {
+  if (py::hasattr(object, "is_cuda")) return object.attr("is_cuda").cast<bool>();
+  if (py::isinstance<py::buffer>(object) || !py::hasattr(object, "__dlpack_device__")) return false;
+  const auto device = object.attr("__dlpack_device__")().cast<std::pair<std::int32_t, int>>();
+  return device.first == dlpack::kCuda || device.first == dlpack::kCudaManaged;
+}
+
 dlpack::DataType dtype_of_format(const char* format, py::ssize_t item_bytes,
                                  const std::string& argument) {
   std::string text = format == nullptr ? "B" : format;
@@ -50,6 +58,18 @@ dlpack::DataType dtype_of_format(const char* format, py::ssize_t item_bytes,
 }
 
 }  // namespace
+
+std::string name_of(dlpack::Device device) {
+  switch (device.type) {
+    case dlpack::kCpu:
+      return "cpu";
+    case dlpack::kCuda:
+    case dlpack::kCudaManaged:
+      return "cuda:" + std::to_string(device.id);
+    default:
+      return "a device of DLPack type " + std::to_string(device.type);
+  }
+}
 
 std::string name_of(dlpack::DataType dtype) {
   std::string name;
@@ -122,19 +142,24 @@ std::string format_shape(std::span<const std::int64_t> shape) {
   return text + "]";
 }
 
-TensorView TensorView::borrow(py::handle object, const char* argument) {
+TensorView TensorView::borrow(py::handle object, const char* argument,
+                              std::optional<std::intptr_t> consumer) {
   TensorView view;
   view.argument_ = argument;
   if (py::hasattr(object, "__dlpack__")) {
     const py::object method = object.attr("__dlpack__");
+    // Memory of the host knows no streams, and numpy refuses one that is named.
+    py::dict stream;
+    if (on_cuda(object)) stream["stream"] = py::int_(consumer.value_or(-1));
     py::object capsule;
     try {
-      capsule = method(py::arg("max_version") =
-                           py::make_tuple(dlpack::kMajorVersion, dlpack::kMinorVersion));
+      capsule = method(
+          py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, dlpack::kMinorVersion),
+          **stream);
     } catch (py::error_already_set& error) {
       // Libraries from before DLPack 1.0 do not know the keyword.
       if (!error.matches(PyExc_TypeError)) throw;
-      capsule = method();
+      capsule = method(**stream);
     }
     view.from_capsule(std::move(capsule));
   } else if (PyObject_CheckBuffer(object.ptr()) != 0) {
@@ -235,8 +260,7 @@ bool TensorView::contiguous() const noexcept {
 
 void TensorView::require_cpu() const {
   if (!on_cpu()) {
-    fail(argument_ + " lies on a device of DLPack type " + std::to_string(device_.type) +
-         ", expected memory of the CPU");
+    fail(argument_ + " lies on " + name_of(device_) + ", expected memory of the CPU");
   }
 }
 

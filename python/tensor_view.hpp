@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "dlpack.hpp"
+#include "pipelive/device/device.hpp"
 #include "pipelive/kv/spec.hpp"
 
 namespace pipelive::bindings {
@@ -43,14 +45,16 @@ inline constexpr dlpack::DataType uint8{dlpack::kUInt, 8, 1};
 ///
 /// The object's memory stays alive as long as the TensorView does. Borrow with the GIL held;
 /// reading the fields needs no GIL, so they may be used while it is released; the destructor takes
-/// the GIL itself. Move-only. No stream is synchronised for memory on a GPU: ordering is the
-/// caller's.
+/// the GIL itself. Move-only. For memory of a CUDA device the producer makes `consumer`, the handle
+/// of a stream as DLPack counts them, wait for what it has not finished; without one nothing is
+/// ordered (which a stream under capture needs).
 class TensorView {
  public:
   /// `argument` is the parameter's name, for the messages. Throws TypeError where the object lends
   /// no memory, Error(invalid_argument) where the tensor is of a kind that we do not read
   /// (vector lanes, bits that are no whole bytes, a later DLPack major version).
-  [[nodiscard]] static TensorView borrow(pybind11::handle object, const char* argument);
+  [[nodiscard]] static TensorView borrow(pybind11::handle object, const char* argument,
+                                         std::optional<std::intptr_t> consumer = std::nullopt);
 
   TensorView(TensorView&&) noexcept = default;
   TensorView& operator=(TensorView&&) noexcept = default;
@@ -124,11 +128,17 @@ struct TensorExport {
   std::vector<std::int64_t> shape;
   std::vector<std::int64_t> strides;  ///< in elements
   std::shared_ptr<void> owner;        ///< keeps the memory alive; dropped without the GIL needed
+  /// Makes a stream of the consumer wait for work on the memory; empty where there is never any.
+  std::function<void(Stream)> order_consumer;
 };
 
+/// "cpu", "cuda:1", ...
+[[nodiscard]] std::string name_of(dlpack::Device device);
+
 /// The body of a `__dlpack__(*, stream, max_version, dl_device, copy)` method: a versioned capsule
-/// where `max_version` is at least (1, 0), else a legacy one. Throws BufferError for a copy or
-/// another device that the caller asked for, since these exports never copy.
+/// where `max_version` is at least (1, 0), else a legacy one. Memory of a CUDA device is safe to
+/// use in `stream` afterwards (None: the default stream; -1: the caller orders). Throws BufferError
+/// for a copy or another device that the caller asked for, since these exports never copy.
 [[nodiscard]] pybind11::object export_dlpack(const TensorExport& tensor, pybind11::handle stream,
                                              pybind11::handle max_version,
                                              pybind11::handle dl_device, pybind11::handle copy);

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("control", "messages", "record"),
     ("coordinator", "scheduler", "stage"),
-    ("engines", "trace"),
+    ("doctor", "engines", "trace"),
     ("cli", "demo"),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

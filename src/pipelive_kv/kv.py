@@ -174,6 +174,7 @@ class KVPool:
             holes,
         )
         self._views: dict[int, LayerView] = {}
+        self._streams: list[Any] = []  # kept alive for the core, which has their handles
 
     @classmethod
     def adopt(
@@ -254,23 +255,53 @@ class KVPool:
         self._core.grow(whole(capacity, "capacity"))
 
     def shrink(
-        self, capacity: int, *, live: Iterable[int] = (), moves: Mapping[int, int] | None = None
+        self,
+        capacity: int,
+        *,
+        live: Iterable[int] = (),
+        moves: Mapping[int, int] | None = None,
+        stream: Any = None,
     ) -> None:
         """Copy the blocks of ``moves`` ({old: new}) and keep only the ids below ``capacity``.
 
-        ``live`` are the ids whose bytes matter. Raises BusyError naming live ids that neither fit
-        nor are moved, InvalidArgumentError for a move that is not from a live id to a free one
-        below the new capacity.
+        ``live`` are the ids whose bytes matter. On a GPU the copies go to ``stream``, if one is
+        given, behind what :meth:`use_stream` streams have to do; and pages are taken away only when
+        all of that is done. Raises BusyError naming live ids that neither fit nor are moved or
+        because a stream is being captured, InvalidArgumentError for a move that is not from a live
+        id to a free one below the new capacity, DeadlineError where a stream does not get done.
         """
         self._core.shrink(
             whole(capacity, "capacity"),
             [whole(block, "live") for block in live],
             _move_list(moves or {}),
+            stream,
         )
 
-    def move_blocks(self, moves: Mapping[int, int]) -> None:
-        """Copy blocks ({old: new}) in all layers held; no id may take part in two moves."""
-        self._core.move_blocks(_move_list(moves))
+    def move_blocks(self, moves: Mapping[int, int], *, stream: Any = None) -> None:
+        """Copy blocks ({old: new}) in all layers held; no id may take part in two moves.
+
+        On a GPU with a ``stream`` the copies are part of its work; without one they are over when
+        the call returns.
+        """
+        self._core.move_blocks(_move_list(moves), stream)
+
+    def use_stream(self, stream: Any) -> None:
+        """Announce a CUDA stream whose work reads or writes blocks, before it is given any.
+
+        Memory is taken away (``shrink``, ``drop_layers``, ``close``) only when everything is done
+        that the announced streams had been given by then; the default stream is announced already.
+        Once per stream is enough and costs the steps nothing. ``stream`` is a stream of torch or
+        cupy, which the pool then keeps alive, or a handle, which must stay valid until
+        :meth:`release_stream`. On the CPU this means nothing.
+        """
+        self._core.note_stream(stream)
+        if not isinstance(stream, int):
+            self._streams.append(stream)
+
+    def release_stream(self, stream: Any) -> None:
+        """Take an announcement back: no work in the stream touches blocks any more."""
+        self._core.forget_stream(stream)
+        self._streams = [kept for kept in self._streams if kept is not stream and kept != stream]
 
     def is_resident(self, block: int) -> bool:
         """Whether the block id has memory behind it in the layers held."""
@@ -313,6 +344,7 @@ class KVPool:
         """Return all pages. Views must not be touched any more; their addresses stay reserved."""
         self._views.clear()
         self._core.close()
+        self._streams.clear()
         if self._owns_pages:
             self._pages.close()
 
@@ -383,8 +415,19 @@ class AdoptedPool:
         """Refused with BusyError, unless the capacity stays: the engine owns the memory."""
         self._refuse_resize(capacity)
 
+    def use_stream(self, stream: Any) -> None:
+        """Nothing to do: the engine's memory is never taken away here."""
+
+    def release_stream(self, stream: Any) -> None:
+        """Nothing to do, as for :meth:`use_stream`."""
+
     def shrink(
-        self, capacity: int, *, live: Iterable[int] = (), moves: Mapping[int, int] | None = None
+        self,
+        capacity: int,
+        *,
+        live: Iterable[int] = (),
+        moves: Mapping[int, int] | None = None,
+        stream: Any = None,
     ) -> None:
         """Refused with BusyError, unless the capacity stays and nothing moves."""
         if moves:

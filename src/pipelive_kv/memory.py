@@ -56,15 +56,21 @@ def whole(value: object, name: str, least: int = 0, most: int = (1 << 62) - 1) -
 
 
 def open_device(device: str | _core.Device) -> _core.Device:
-    """The device of that name; ``"cpu"`` makes a new host device with its own memory file.
+    """The device of that name: ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``.
 
-    Raises InvalidArgumentError for a name that this build has no device for.
+    Each call makes a new device object; pools that are to share pages share a :class:`PagePool`.
+
+    Raises InvalidArgumentError for another name or a GPU that is not there, DeviceError naming
+    what is missing where GPUs cannot be used (the driver's library, a symbol of it, an ability).
     """
     if isinstance(device, _core.Device):
         return device
     if device == "cpu":
         return _core.HostDevice()
-    raise InvalidArgumentError(f"device is {device!r}, expected 'cpu'")
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
+    if match is None:
+        raise InvalidArgumentError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:1'")
+    return _core.CudaDevice(int(match[1] or 0))
 
 
 class PagePool:

@@ -117,9 +117,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   /// Copies blocks in all held layers. Ids are resident, not 0, and named only once.
   void move_blocks(std::span<const BlockMove> moves, Stream stream = {});
 
-  /// Makes `consumer` wait for the work that the noted streams have been given so far: for memory
-  /// that is handed to somebody else's stream.
-  void order_consumer(Stream consumer) const;
+  void order_consumer(Stream consumer) const override;
 
   /// Physical bytes for the ids [0, capacity) of the stacks that contain `layers`.
   [[nodiscard]] std::uint64_t bytes_needed(std::span<const std::uint32_t> layers,

@@ -51,6 +51,10 @@ class LayerView {
     blocks_->residency().check_range(layer_, begin, end);
   }
   [[nodiscard]] Residency::Use use() const { return blocks_->residency().use(); }
+  /// To be called by whoever gives `stream` work on the blocks; see Residency::note_stream.
+  void note_stream(Stream stream, std::shared_ptr<void> owner = nullptr) const {
+    blocks_->residency().note_stream(stream, std::move(owner));
+  }
   /// Blocks [0, n) of this layer are resident.
   [[nodiscard]] std::uint64_t resident_blocks() const noexcept {
     return blocks_->residency().limit(layer_);

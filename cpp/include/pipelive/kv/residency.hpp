@@ -135,6 +135,9 @@ class BlockMemory {
   [[nodiscard]] virtual const Residency& residency() const noexcept = 0;
   /// Throws Error(closed) where the memory is gone for good.
   virtual void check_open() const = 0;
+  /// Makes `consumer` wait for the work that the noted streams have been given so far: for memory
+  /// that is handed to somebody else's stream. Nothing where the memory's owner orders that.
+  virtual void order_consumer(Stream /*consumer*/) const {}
 };
 
 }  // namespace pipelive

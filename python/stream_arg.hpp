@@ -1,0 +1,23 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "pipelive/device/device.hpp"
+
+namespace pipelive::bindings {
+
+/// The stream that a Python value names: an integer handle, a torch stream (`cuda_stream`), a cupy
+/// stream (`ptr`) or any object with `__cuda_stream__`. The handles 0 and 1 both are CUDA's default
+/// stream; None is the device's own queue. `argument` is the parameter's name, for the messages.
+/// Throws Error(invalid_argument) for anything else.
+[[nodiscard]] Stream stream_from(pybind11::handle value, const char* argument);
+
+/// The consumer's stream of a `__dlpack__(stream=...)` for memory of a CUDA device: None is the
+/// default stream; nothing for -1, which asks for no ordering. Throws ValueError for 0, as the
+/// protocol wants, since it names no stream for sure.
+[[nodiscard]] std::optional<Stream> consumer_stream(pybind11::handle value);
+
+}  // namespace pipelive::bindings

@@ -1,0 +1,58 @@
+"""The stand-in for libcuda that the C++ build makes, for tests without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from pipelive_kv import _core
+
+ROOT = Path(__file__).resolve().parents[1]
+POISON = 0xA5
+
+
+def fake_driver_path() -> Path:
+    """The newest one built; the test is skipped where there is none."""
+    built = sorted(
+        ROOT.glob("build/*/cuda/libpipelive_fake_driver.so"), key=lambda path: path.stat().st_mtime
+    )
+    if not built:
+        pytest.skip("the fake CUDA driver is not built (cmake -DPIPELIVE_BUILD_TESTS=ON)")
+    return built[-1]
+
+
+class FakeCuda:
+    """A fresh fake driver; ``device()`` opens CUDA devices on it."""
+
+    def __init__(self, *, page_bytes: int = 2 << 20, devices: int = 1) -> None:
+        self.path = str(fake_driver_path())
+        self.library = ctypes.CDLL(self.path)
+        for name in ("fake_driver_mistakes", "fake_driver_calls"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.library.fake_driver_count.restype = ctypes.c_uint64
+        self.library.fake_driver_reset()
+        self.library.fake_driver_granularity(ctypes.c_uint64(page_bytes))
+        self.library.fake_driver_devices(devices)
+
+    def device(self, ordinal: int = 0) -> _core.CudaDevice:
+        return _core.CudaDevice(ordinal, self.path)
+
+    def fail(self, call: str, result: int) -> None:
+        self.library.fake_driver_fail(call.encode(), result)
+
+    def count(self, call: str) -> int:
+        return int(self.library.fake_driver_count(call.encode()))
+
+    @property
+    def held(self) -> int:
+        return int(self.library.fake_driver_held())
+
+    @property
+    def mistakes(self) -> str:
+        return self.library.fake_driver_mistakes().decode()
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """Device memory is the host's here; only of mapped addresses."""
+        return ctypes.string_at(address, nbytes)
