@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cuda_layers.hpp"
 #include "pipelive/attention/layer_attention.hpp"
 #include "pipelive/base/error.hpp"
 #include "tensor_view.hpp"
@@ -104,7 +105,11 @@ std::optional<Isa> isa_of(const std::optional<std::string>& name) {
 }
 
 void append_tokens(py::handle kv, py::handle key, py::handle value, py::handle slots,
-                   const std::optional<std::string>& isa) {
+                   const std::optional<std::string>& isa, py::handle stream, py::handle marks) {
+  if (append_on_gpu(kv, key, value, slots, stream, marks)) return;
+  if (!marks.is_none()) {
+    throw Error(ErrorCode::invalid_argument, "marks are made by a GPU, and kv lies in host memory");
+  }
   const KVArgument kv_argument(kv);
   if (kv_argument.tensor) kv_argument.tensor->require_writable();
   const TensorView keys = borrow_tokens(key, "key");
@@ -203,7 +208,8 @@ py::tuple isa_names() {
 
 void bind_attention(py::module_& m) {
   m.def("attention_append", &append_tokens, py::arg("kv"), py::arg("key"), py::arg("value"),
-        py::arg("slots"), py::arg("isa") = py::none());
+        py::arg("slots"), py::arg("isa") = py::none(), py::arg("stream") = py::none(),
+        py::arg("marks") = py::none());
   m.def("attention_forward", &attend, py::arg("query"), py::arg("kv"), py::arg("block_tables"),
         py::arg("seq_lens"), py::arg("out"), py::arg("lse"), py::arg("scale"),
         py::arg("query_start") = py::none(), py::arg("window") = 0, py::arg("soft_cap") = 0.0,

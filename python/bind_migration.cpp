@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cuda_layers.hpp"
 #include "pipelive/base/error.hpp"
 #include "pipelive/kv/layer_view.hpp"
 #include "pipelive/migration/convergence.hpp"
@@ -25,13 +26,21 @@ using Release = py::call_guard<py::gil_scoped_release>;
 
 PatchLayers layers_of(const KVSpec& spec, const std::map<std::uint32_t, LayerView>& views) {
   std::vector<PatchLayer> layers;
+  // One copier for all; each view is checked to lie on its kind of device.
+  const std::shared_ptr<SlotCopier> copier =
+      views.empty() ? nullptr : copier_for(views.begin()->second);
   for (const auto& [layer, view] : views) {
     if (view.layer() != layer) {
       throw Error(ErrorCode::invalid_argument, "layers[" + std::to_string(layer) +
                                                    "] is the view of layer " +
                                                    std::to_string(view.layer()));
     }
-    layers.push_back(PatchLayer::of(view));
+    if (view.device_index() != views.begin()->second.device_index()) {
+      throw Error(ErrorCode::invalid_argument,
+                  "layers[" + std::to_string(layer) +
+                      "] lies on another device than the first; a session's lie on one");
+    }
+    layers.push_back(PatchLayer::of(view, copier));
   }
   return {spec, std::move(layers)};
 }
@@ -49,6 +58,84 @@ std::span<const SlotRange> ranges_of(const TensorView& view) {
 Deadline deadline_of(double timeout) {
   // NaN becomes 0; a century stands for longer waits, which the clock could not count.
   return Deadline::after_seconds(timeout > 0 ? std::min(timeout, 3e9) : 0.0);
+}
+
+/// Packs and unpacks slots of layers outside of a session; for benchmarks and tests.
+class BoundCopier {
+ public:
+  BoundCopier(const KVSpec& spec, const std::map<std::uint32_t, LayerView>& views)
+      : layers_(layers_of(spec, views)) {}
+
+  std::uint32_t gather(const py::object& ranges, const py::object& out, bool checksum,
+                       double timeout) {
+    const TensorView view = TensorView::borrow(ranges, "ranges");
+    const TensorView packed = TensorView::borrow(out, "out");
+    packed.require_writable();
+    const std::vector<LayerSlots> slots = slots_of(ranges_of(view));
+    const Packed place{packed.data(), bytes_of(packed), kind_of(packed)};
+    const py::gil_scoped_release release;
+    const std::vector<Residency::Use> uses = use();
+    return layers_.copier().gather(slots, place, checksum, 0, deadline_of(timeout));
+  }
+  void scatter(const py::object& ranges, const py::object& data, double timeout) {
+    const TensorView view = TensorView::borrow(ranges, "ranges");
+    const TensorView packed = TensorView::borrow(data, "data");
+    const std::vector<LayerSlots> slots = slots_of(ranges_of(view));
+    const ConstPacked place{packed.data(), bytes_of(packed), kind_of(packed)};
+    const py::gil_scoped_release release;
+    const std::vector<Residency::Use> uses = use();
+    layers_.copier().scatter(slots, place, deadline_of(timeout));
+    layers_.copier().finish(deadline_of(timeout));
+  }
+  std::vector<std::uint32_t> digest(const py::object& ranges, double timeout) {
+    const TensorView view = TensorView::borrow(ranges, "ranges");
+    const std::vector<LayerSlots> slots = slots_of(ranges_of(view));
+    const py::gil_scoped_release release;
+    const std::vector<Residency::Use> uses = use();
+    std::vector<std::uint32_t> sums;
+    for (const LayerSlots& layer : slots) {
+      sums.push_back(layers_.copier().digest(layer, 0, deadline_of(timeout)));
+    }
+    return sums;
+  }
+
+ private:
+  static std::size_t bytes_of(const TensorView& view) {
+    if (view.num_elements() == 0) return 0;
+    view.require_contiguous();
+    return view.num_bytes();
+  }
+  static DeviceKind kind_of(const TensorView& view) {
+    return view.device().type == dlpack::kCuda ? DeviceKind::cuda : DeviceKind::host;
+  }
+  std::vector<LayerSlots> slots_of(std::span<const SlotRange> ranges) const {
+    std::vector<LayerSlots> slots;
+    for (const PatchLayer& layer : layers_.all()) {
+      slots.push_back({&layer.layout, layer.memory, ranges});
+    }
+    return slots;
+  }
+  // Every block that has addresses must be mapped: what the ranges name is not looked at.
+  std::vector<Residency::Use> use() const {
+    std::vector<Residency::Use> uses = layers_.use();
+    if (layers_.resident_blocks() != layers_.max_blocks()) {
+      throw Error(ErrorCode::not_resident, "some blocks of the layers are not mapped");
+    }
+    return uses;
+  }
+
+  PatchLayers layers_;
+};
+
+void bind_copier(py::module_& m) {
+  py::class_<BoundCopier>(m, "SlotCopier")
+      .def(py::init<const KVSpec&, const std::map<std::uint32_t, LayerView>&>(), py::arg("spec"),
+           py::arg("layers"))
+      .def("gather", &BoundCopier::gather, py::arg("ranges"), py::arg("out"),
+           py::arg("checksum") = true, py::arg("timeout") = 60.0)
+      .def("scatter", &BoundCopier::scatter, py::arg("ranges"), py::arg("data"),
+           py::arg("timeout") = 60.0)
+      .def("digest", &BoundCopier::digest, py::arg("ranges"), py::arg("timeout") = 60.0);
 }
 
 void bind_sender(py::module_& m) {
@@ -180,6 +267,7 @@ void bind_receiver(py::module_& m) {
 }  // namespace
 
 void bind_migration(py::module_& m) {
+  bind_copier(m);
   bind_sender(m);
   bind_receiver(m);
   py::class_<BandwidthEstimate>(m, "BandwidthEstimate")

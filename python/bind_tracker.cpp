@@ -4,10 +4,13 @@
 #include <optional>
 
 #include "bindings.hpp"
+#include "cuda_layers.hpp"
 #include "int64_array.hpp"
+#include "pipelive/cuda/device_marks.hpp"
 #include "pipelive/kv/block_allocator.hpp"
 #include "pipelive/tracker/dirty_tracker.hpp"
 #include "pipelive/tracker/slot_ranges.hpp"
+#include "stream_arg.hpp"
 
 namespace py = pybind11;
 
@@ -27,6 +30,7 @@ auto release_gil_for(std::size_t elements, Call&& call) {
   return call();
 }
 
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 using SharedRanges = std::shared_ptr<const std::vector<SlotRange>>;
 
 /// Ranges as uint64 [n, 2] (begin, count); the array keeps the vector alive.
@@ -108,9 +112,66 @@ py::tuple collect(DirtyTracker& tracker) {
   }
 }
 
+/// None where the caller names no stream, since the device's own queue runs no steps.
+Stream step_stream(const py::object& stream) {
+  return stream.is_none() ? cuda::kDefaultStream : stream_from(stream, "stream");
+}
+
+Deadline deadline_of(double timeout) {
+  return Deadline::after_seconds(timeout > 0 ? std::min(timeout, 3e9) : 0.0);
+}
+
+void bind_device_marks(py::module_& m) {
+  py::class_<cuda::DeviceMarks, std::shared_ptr<cuda::DeviceMarks>>(m, "DeviceMarks")
+      .def(py::init([](const std::shared_ptr<cuda::CudaDevice>& device, std::uint64_t num_slots,
+                       unsigned steps) {
+             const py::gil_scoped_release released;
+             return std::make_shared<cuda::DeviceMarks>(cuda::SlotKernels::of(device->context()),
+                                                        num_slots, steps);
+           }),
+           py::arg("device"), py::arg("num_slots"), py::arg("steps"))
+      .def("skipped_slots", &cuda::DeviceMarks::skipped_slots,
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_slots", &cuda::DeviceMarks::num_slots)
+      .def_property_readonly("memory_bytes", &cuda::DeviceMarks::memory_bytes);
+  // For tests, which take a driver down.
+  m.def("cuda_forget_slot_kernels", &cuda::SlotKernels::forget,
+        py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_dirty_tracker(py::module_& m) {
   py::class_<DirtyTracker>(m, "DirtyTracker")
-      .def(py::init<std::uint64_t, std::int64_t>(), py::arg("num_slots"), py::arg("next_seq"))
+      .def(py::init([](std::uint64_t num_slots, std::int64_t next_seq,
+                       std::shared_ptr<cuda::DeviceMarks> marks) {
+             return std::make_unique<DirtyTracker>(num_slots, next_seq, std::move(marks));
+           }),
+           py::arg("num_slots"), py::arg("next_seq"), py::arg("marks") = py::none())
+      .def(
+          "mark",
+          [](DirtyTracker& self, std::int64_t seq, const py::object& stream) {
+            const Stream chosen = step_stream(stream);
+            const py::gil_scoped_release released;
+            self.mark(seq, chosen);
+          },
+          py::arg("seq"), py::arg("stream"))
+      .def(
+          "seal_after",
+          [](DirtyTracker& self, std::int64_t seq, const py::object& stream) {
+            const Stream chosen = step_stream(stream);
+            const py::gil_scoped_release released;
+            if (!self.marks()) {
+              throw Error(ErrorCode::invalid_argument,
+                          "stream is given, but the tracker was made without a device");
+            }
+            self.seal(seq, self.marks()->record(chosen));
+          },
+          py::arg("seq"), py::arg("stream"))
+      .def(
+          "wait_sealed",
+          [](DirtyTracker& self, std::int64_t seq, double timeout) {
+            self.wait_sealed(seq, deadline_of(timeout));
+          },
+          py::arg("seq"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
       .def("open", &DirtyTracker::open)
       .def("record",
            [](DirtyTracker& self, std::int64_t seq, const py::object& object) {
@@ -130,7 +191,8 @@ void bind_dirty_tracker(py::module_& m) {
                              [&] { self.record_blocks(seq, ids.values(), block_size); });
            })
       // A seal may fold a long log into the marks.
-      .def("seal", &DirtyTracker::seal, py::call_guard<py::gil_scoped_release>())
+      .def("seal", py::overload_cast<std::int64_t>(&DirtyTracker::seal),
+           py::call_guard<py::gil_scoped_release>())
       .def("record_external",
            [](DirtyTracker& self, const py::object& object) {
              const Int64Array slots(object, "slots");
@@ -163,9 +225,13 @@ void bind_dirty_tracker(py::module_& m) {
       .def("reset", &DirtyTracker::reset, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_slots", &DirtyTracker::num_slots)
       .def_property_readonly("next_seq", &DirtyTracker::next_seq)
-      .def_property_readonly("sealed_through", &DirtyTracker::sealed_through)
-      .def_property_readonly("pending_slots", &DirtyTracker::pending_slots)
-      .def_property_readonly("open_steps", &DirtyTracker::open_steps)
+      // These ask a device's events, and pending_slots runs kernels, where there is one.
+      .def_property_readonly("sealed_through",
+                             py::cpp_function(&DirtyTracker::sealed_through, ReleaseGil()))
+      .def_property_readonly("pending_slots",
+                             py::cpp_function(&DirtyTracker::pending_slots, ReleaseGil()))
+      .def_property_readonly("open_steps",
+                             py::cpp_function(&DirtyTracker::open_steps, ReleaseGil()))
       .def_property_readonly("open_externals", &DirtyTracker::open_externals)
       .def_property_readonly("memory_bytes", &DirtyTracker::memory_bytes);
 }
@@ -268,6 +334,7 @@ void bind_block_allocator(py::module_& m) {
 }  // namespace
 
 void bind_tracker(py::module_& m) {
+  bind_device_marks(m);
   bind_dirty_tracker(m);
   bind_slot_ranges(m);
   bind_block_allocator(m);

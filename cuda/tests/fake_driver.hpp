@@ -48,6 +48,8 @@ using FakeKernelRun = void(const char* name, unsigned grid, unsigned block, cons
 /// From now on, also after a reset, every module has a kernel of that name, whose one parameter has
 /// `bytes` bytes. A null `run` takes it away.
 using FakeDriverKernel = void(const char* name, std::size_t bytes, FakeKernelRun* run);
+/// Gives every module the kernels that work on slots, run on the CPU.
+using FakeDriverSlotKernels = void();
 /// What is wrong with the calls so far that the real driver might let pass; empty if nothing is.
 using FakeDriverMistakes = const char*();
 

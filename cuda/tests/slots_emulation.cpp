@@ -108,32 +108,33 @@ void marks_emit(unsigned grid, const void* raw) {
 
 struct Entry {
   unsigned threads;
+  std::size_t bytes;
   Kernel run;
 };
 
 const std::map<std::string, Entry>& kernels() {
   static const std::map<std::string, Entry> all{
-      {"pipelive_append_16", {kAppendThreads, append<MoveRaw<Vector16>>}},
-      {"pipelive_append_4", {kAppendThreads, append<MoveRaw<u32>>}},
-      {"pipelive_append_2", {kAppendThreads, append<MoveRaw<u16>>}},
-      {"pipelive_append_bfloat16_4", {kAppendThreads, append<MoveNarrow4<NarrowToBfloat16>>}},
-      {"pipelive_append_bfloat16_1", {kAppendThreads, append<MoveNarrow1<NarrowToBfloat16>>}},
-      {"pipelive_append_float16_4", {kAppendThreads, append<MoveNarrow4<NarrowToFloat16>>}},
-      {"pipelive_append_float16_1", {kAppendThreads, append<MoveNarrow1<NarrowToFloat16>>}},
-      {"pipelive_gather_16", {kCopyThreads, copy<Vector16, true>}},
-      {"pipelive_gather_8", {kCopyThreads, copy<u64, true>}},
-      {"pipelive_gather_4", {kCopyThreads, copy<u32, true>}},
-      {"pipelive_gather_2", {kCopyThreads, copy<u16, true>}},
-      {"pipelive_gather_1", {kCopyThreads, copy<unsigned char, true>}},
-      {"pipelive_scatter_16", {kCopyThreads, copy<Vector16, false>}},
-      {"pipelive_scatter_8", {kCopyThreads, copy<u64, false>}},
-      {"pipelive_scatter_4", {kCopyThreads, copy<u32, false>}},
-      {"pipelive_scatter_2", {kCopyThreads, copy<u16, false>}},
-      {"pipelive_scatter_1", {kCopyThreads, copy<unsigned char, false>}},
-      {"pipelive_crc_tiles", {kCrcThreads, crc_tiles}},
-      {"pipelive_marks_take", {kMarkThreads, marks_take}},
-      {"pipelive_marks_fold", {kMarkThreads, marks_fold}},
-      {"pipelive_marks_emit", {kMarkThreads, marks_emit}},
+      {"pipelive_append_16", {kAppendThreads, sizeof(AppendArgs), append<MoveRaw<Vector16>>}},
+      {"pipelive_append_4", {kAppendThreads, sizeof(AppendArgs), append<MoveRaw<u32>>}},
+      {"pipelive_append_2", {kAppendThreads, sizeof(AppendArgs), append<MoveRaw<u16>>}},
+      {"pipelive_append_bfloat16_4", {kAppendThreads, sizeof(AppendArgs), append<MoveNarrow4<NarrowToBfloat16>>}},
+      {"pipelive_append_bfloat16_1", {kAppendThreads, sizeof(AppendArgs), append<MoveNarrow1<NarrowToBfloat16>>}},
+      {"pipelive_append_float16_4", {kAppendThreads, sizeof(AppendArgs), append<MoveNarrow4<NarrowToFloat16>>}},
+      {"pipelive_append_float16_1", {kAppendThreads, sizeof(AppendArgs), append<MoveNarrow1<NarrowToFloat16>>}},
+      {"pipelive_gather_16", {kCopyThreads, sizeof(SlotCopyArgs), copy<Vector16, true>}},
+      {"pipelive_gather_8", {kCopyThreads, sizeof(SlotCopyArgs), copy<u64, true>}},
+      {"pipelive_gather_4", {kCopyThreads, sizeof(SlotCopyArgs), copy<u32, true>}},
+      {"pipelive_gather_2", {kCopyThreads, sizeof(SlotCopyArgs), copy<u16, true>}},
+      {"pipelive_gather_1", {kCopyThreads, sizeof(SlotCopyArgs), copy<unsigned char, true>}},
+      {"pipelive_scatter_16", {kCopyThreads, sizeof(SlotCopyArgs), copy<Vector16, false>}},
+      {"pipelive_scatter_8", {kCopyThreads, sizeof(SlotCopyArgs), copy<u64, false>}},
+      {"pipelive_scatter_4", {kCopyThreads, sizeof(SlotCopyArgs), copy<u32, false>}},
+      {"pipelive_scatter_2", {kCopyThreads, sizeof(SlotCopyArgs), copy<u16, false>}},
+      {"pipelive_scatter_1", {kCopyThreads, sizeof(SlotCopyArgs), copy<unsigned char, false>}},
+      {"pipelive_crc_tiles", {kCrcThreads, sizeof(CrcArgs), crc_tiles}},
+      {"pipelive_marks_take", {kMarkThreads, sizeof(MarkTakeArgs), marks_take}},
+      {"pipelive_marks_fold", {kMarkThreads, sizeof(MarkFoldArgs), marks_fold}},
+      {"pipelive_marks_emit", {kMarkThreads, sizeof(MarkEmitArgs), marks_emit}},
   };
   return all;
 }
@@ -146,6 +147,11 @@ bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block,
   if (found == kernels().end() || block != found->second.threads || grid == 0) return false;
   found->second.run(grid, parameters[0]);
   return true;
+}
+
+std::size_t slot_kernel_bytes(const std::string& name) {
+  const auto found = kernels().find(name);
+  return found == kernels().end() ? 0 : found->second.bytes;
 }
 
 const std::vector<std::string>& slot_kernel_names() {

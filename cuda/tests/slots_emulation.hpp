@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,9 @@ namespace pipelive::cuda::test {
 
 /// Runs a kernel as cuLaunchKernel would; false where there is none of that name.
 bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block, void** parameters);
+
+/// The size of a kernel's one parameter; 0 for a name that is none's.
+[[nodiscard]] std::size_t slot_kernel_bytes(const std::string& name);
 
 /// The names of all of them.
 [[nodiscard]] const std::vector<std::string>& slot_kernel_names();

@@ -11,11 +11,7 @@
 
 #include "fake_driver.hpp"
 #include "pipelive/base/error.hpp"
-#include "pipelive/cuda/append_math.hpp"
-#include "pipelive/cuda/crc_math.hpp"
-#include "pipelive/cuda/mark_math.hpp"
 #include "pipelive/cuda/slot_kernels.hpp"
-#include "pipelive/cuda/slot_math.hpp"
 #include "slots_emulation.hpp"
 
 namespace pipelive::cuda::test {
@@ -31,14 +27,8 @@ class SlotDriverTest : public ::testing::Test {
     }
     call<FakeDriverReset>("fake_driver_reset")();
     for (const std::string& name : slot_kernel_names()) {
-      const auto has = [&name](const char* part) { return name.find(part) != std::string::npos; };
-      const std::size_t bytes = has("append") ? sizeof(AppendArgs)
-                                : has("crc")  ? sizeof(CrcArgs)
-                                : has("take") ? sizeof(MarkTakeArgs)
-                                : has("fold") ? sizeof(MarkFoldArgs)
-                                : has("emit") ? sizeof(MarkEmitArgs)
-                                              : sizeof(SlotCopyArgs);
-      call<FakeDriverKernel>("fake_driver_kernel")(name.c_str(), bytes, &run_kernel);
+      call<FakeDriverKernel>("fake_driver_kernel")(name.c_str(), slot_kernel_bytes(name),
+                                                   &run_kernel);
     }
     context = std::make_shared<const PrimaryContext>(Driver::open(PIPELIVE_FAKE_DRIVER), 0);
     kernels =

@@ -7,9 +7,12 @@ whose last axis is contiguous, in whatever memory order.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 from pipelive_kv import _core
+
+if TYPE_CHECKING:
+    from pipelive_kv.tracker import DirtyTracker
 
 __all__ = ["append", "available_isas", "paged_attention"]
 
@@ -35,9 +38,20 @@ def available_isas() -> tuple[str, ...]:
 
 
 def append(
-    kv: Tensor, key: Tensor, value: Tensor, slots: Tensor, *, isa: str | None = None
+    kv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    *,
+    isa: str | None = None,
+    stream: Any = None,
+    marks: DirtyTracker | None = None,
 ) -> None:
     """Write the keys and values of tokens to their slots.
+
+    Where ``kv`` lies on a GPU, so do all arguments, and the work is given to ``stream`` and not
+    waited for; it may be captured into a CUDA graph. Slots that are out of range are skipped there,
+    which blocks are mapped is not looked at, and of two tokens with one slot either may stay.
 
     Args:
         kv: the cache, ``[blocks, kv_heads, 2, block_size, head_dim]``; float32, float16 or
@@ -47,14 +61,19 @@ def append(
         value: like ``key``.
         slots: int64 ``[tokens]``; ``block_id * block_size + offset``, or -1 to skip the token. Of
             two tokens with one slot the later stays.
-        isa: one of :func:`available_isas`; for tests.
+        isa: one of :func:`available_isas`; for tests, on the CPU.
+        stream: on a GPU, a stream of torch or cupy or its handle; None: CUDA's default stream.
+        marks: on a GPU, a tracker with this device: the slots are marked in the same launch, for
+            the step of its last ``mark`` in this stream. One layer's append per step is enough.
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not agree, a slot lies outside of ``kv``, or
             memory overlaps. Nothing is written.
         NotResidentError: a slot's block is not mapped. Nothing is written.
     """
-    _core.attention_append(kv, key, value, slots, isa)
+    _core.attention_append(
+        kv, key, value, slots, isa, stream, None if marks is None else marks.marks
+    )
 
 
 @overload

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from pipelive_kv import _core
+from pipelive_kv.errors import InvalidArgumentError
+from pipelive_kv.memory import open_device
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -62,19 +64,36 @@ class DirtyTracker:
     Memory is bounded whether or not anyone collects. Thread-safe; a call that raises leaves the
     tracker as it was.
 
+    On a GPU the slots need not be known to the host: with a ``device``, a step is opened with
+    `open`, then `mark`; its first layer's ``append(..., marks=tracker)`` marks the slots in the
+    launch that writes them, and ``seal(seq, stream=...)`` seals the step once the GPU has done what
+    the stream was given by then. Both kinds of steps may be mixed.
+
     Args:
         num_slots: slots are numbered 0 to num_slots - 1; at most 2**36.
         next_seq: the number of the first step.
+        device: a GPU that marks slots itself ("cuda", "cuda:1", or a pool's device); None: none.
+        marked_steps: how many marked steps may be in flight at a time, 1 to 61. Each takes
+            num_slots / 8 bytes of the GPU's memory.
 
     Raises:
         InvalidArgumentError: an argument is out of range.
-        OutOfMemoryError: there is no memory for the marks (num_slots / 4 bytes).
+        OutOfMemoryError: there is no memory for the marks (num_slots / 4 bytes of the host's).
+        DeviceError: the GPU cannot be used.
     """
 
-    __slots__ = ("_core",)
+    __slots__ = ("_core", "_marks")
 
-    def __init__(self, num_slots: int, *, next_seq: int = 0) -> None:
-        self._core = _core.DirtyTracker(num_slots, next_seq)
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        next_seq: int = 0,
+        device: str | _core.Device | None = None,
+        marked_steps: int = 8,
+    ) -> None:
+        self._marks = _device_marks(device, num_slots, marked_steps)
+        self._core = _core.DirtyTracker(num_slots, next_seq, self._marks)
 
     def open(self, seq: int) -> None:
         """Begin the log of step `seq`.
@@ -101,13 +120,53 @@ class DirtyTracker:
         """Add all slots of the blocks `ids` to the open step `seq`; raises as `record` does."""
         self._core.record_blocks(seq, ids, block_size)
 
-    def seal(self, seq: int) -> None:
-        """Say that the device has completed the open step `seq`.
+    def mark(self, seq: int, stream: Any = None) -> None:
+        """Let appends that ``stream`` is given from now on mark slots for the open step `seq`.
+
+        Call it in the order of the steps, outside of a graph's capture; a captured append marks for
+        the step that replays it. Steps of several streams must not overlap on the GPU.
+
+        Args:
+            seq: the step; once per step.
+            stream: a stream of torch or cupy, or its handle; None: CUDA's default stream.
 
         Raises:
-            InvalidArgumentError: the step was not opened, or is sealed already.
+            InvalidArgumentError: the step is not open, or the tracker has no device.
+            BusyError: as many marked steps as there may be are in flight, or the stream is being
+                captured.
         """
-        self._core.seal(seq)
+        self._core.mark(seq, stream)
+
+    @property
+    def marks(self) -> _core.DeviceMarks:
+        """What `append` takes; raises InvalidArgumentError where the tracker has no device."""
+        if self._marks is None:
+            raise InvalidArgumentError("marks of a tracker that was made without a device")
+        return self._marks
+
+    def seal(self, seq: int, *, stream: Any = None) -> None:
+        """Say that the device has completed the open step `seq`.
+
+        With a ``stream`` (of torch or cupy, or its handle): that it has once it has done what the
+        stream was given so far. That is looked for whenever the tracker is asked something.
+
+        Raises:
+            InvalidArgumentError: the step was not opened, or is sealed already; or a stream is
+                given to a tracker without a device.
+        """
+        if stream is None:
+            self._core.seal(seq)
+        else:
+            self._core.seal_after(seq, stream)
+
+    def wait_sealed(self, seq: int, timeout: float) -> None:
+        """Wait until every step up to `seq` is sealed.
+
+        Raises:
+            DeadlineError: one was not completed within ``timeout`` seconds.
+            DeviceError: what the GPU was given has failed.
+        """
+        self._core.wait_sealed(seq, timeout)
 
     def record_external(self, slots: Integers) -> int:
         """Begin a log outside the steps and return its token, which is never given twice.
@@ -214,6 +273,17 @@ class DirtyTracker:
         """Bytes held by marks and logs."""
         value: int = self._core.memory_bytes
         return value
+
+
+def _device_marks(
+    device: str | _core.Device | None, num_slots: int, steps: int
+) -> _core.DeviceMarks | None:
+    if device is None:
+        return None
+    opened = open_device(device)
+    if not isinstance(opened, _core.CudaDevice):
+        raise InvalidArgumentError(f"device is {opened.name!r}, expected a GPU or None")
+    return _core.DeviceMarks(opened, num_slots, steps)
 
 
 def merge_ranges(ranges: Ranges) -> Ranges:

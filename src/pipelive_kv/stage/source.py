@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -18,6 +19,7 @@ from pipelive_kv.stage.limits import JOIN_TIMEOUT, TRANSFER_TIMEOUT
 from pipelive_kv.tracker import DirtyTracker
 
 Ranges = npt.NDArray[np.uint64]
+_LOOK_AGAIN = 0.01  # seconds that a wait for the GPU may keep a cancel waiting
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,9 @@ class SourceSession:
             ):
                 if not self._lock.wait(self._rest()):
                     continue  # no step ended: the engine is idle, or the deadline has passed
+        # The engine has ended the step; the GPU may still be at it.
+        with contextlib.suppress(DeadlineError):
+            self._tracker.wait_sealed(sent_through + 1, _LOOK_AGAIN)
 
     def _finish(self) -> None:
         if self._verify and self._sent:

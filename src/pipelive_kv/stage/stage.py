@@ -70,6 +70,8 @@ class Stage:
         transport: how KV arrives: ``shm``, ``tcp``, ``p2p``, ``nccl``, or ``auto`` for the best of
             them that both ends can do.
         gate_timeout: seconds that a step waits for the KV of a gained layer.
+        marks_on_device: whether steps may leave it to their appends on a GPU to mark what they
+            write, see :meth:`begin`; the pool lies on a GPU then.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Stage:
         control: ControlEndpoint | None = None,
         transport: str = "auto",
         gate_timeout: float = GATE_TIMEOUT,
+        marks_on_device: bool = False,
     ) -> None:
         if placement.num_stages != pp_size:
             raise InvalidArgumentError(
@@ -110,7 +113,10 @@ class Stage:
         self.weights = weights
         self.hooks = hooks if hooks is not None else EngineHooks()
         self.transport = transport
-        self.tracker = DirtyTracker(pool.max_blocks * pool.spec.block_size)
+        self.tracker = DirtyTracker(
+            pool.max_blocks * pool.spec.block_size,
+            device=pool.page_pool.device if marks_on_device else None,
+        )
         self.lock = threading.Condition()
         self._placement = placement
         self._layers = placement.layers_of(pp_rank)
@@ -149,16 +155,23 @@ class Stage:
         """The number of the last resize that was applied."""
         return self._resize
 
-    def begin(self, stamp: Stamp, slots: Any = None) -> Step:
+    def begin(self, stamp: Stamp, slots: Any = None, *, stream: Any = None) -> Step:
         """Begin a step.
+
+        On a GPU the slots may stay there: with a ``stream`` instead of ``slots``, the appends that
+        are given ``marks=stage.tracker`` in that stream mark what the step writes.
 
         Args:
             stamp: from the scheduler, the next one in order.
-            slots: int64 [tokens], the slots that the step writes, -1 for none; None writes nothing.
+            slots: int64 [tokens], the slots that the step writes, -1 for none; None: not known to
+                the host, or none.
+            stream: of torch or cupy, or its handle; the step's appends go there.
 
         Raises:
             ProtocolError: the stamp is not the next one, or of an epoch the stage is not armed for.
-            InvalidArgumentError: a slot is not below the capacity.
+            InvalidArgumentError: a slot is not below the capacity, or a stream is given to a stage
+                without marks on the device.
+            BusyError: more marked steps are in flight than the tracker keeps apart.
         """
         if self._closed:
             raise ClosedError(f"stage {self.pp_rank} is closed")
@@ -175,6 +188,8 @@ class Stage:
         if stamp.epoch != self._epoch:
             self._activate(stamp)
         self.tracker.open(stamp.seq)
+        if stream is not None:
+            self.tracker.mark(stamp.seq, stream)
         if written is not None:
             self.tracker.record(stamp.seq, written)
         if stamp.moves:
@@ -191,15 +206,18 @@ class Stage:
             needs = stamp.seq - 1 if stamp.needs is None else stamp.needs
             session.gate(layer, needs, self._gate_timeout)
 
-    def end(self, step: Step) -> None:
+    def end(self, step: Step, *, stream: Any = None) -> None:
         """End a step: its writes are complete, and may be sent.
+
+        On a GPU, with a ``stream``: they are once it has done what it was given so far.
 
         Raises:
             ProtocolError: the step is not the one that was begun last.
+            InvalidArgumentError: a stream is given to a stage without marks on the device.
         """
         if self._open is not step:
             raise ProtocolError(f"step {step.stamp.seq} is not the one that was begun last")
-        self.tracker.seal(step.stamp.seq)
+        self.tracker.seal(step.stamp.seq, stream=stream)
         self._last_end_ns = time.monotonic_ns()
         self._open = None
         with self.lock:
