@@ -88,8 +88,7 @@ void bind_staging(py::module_& m) {
   py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
       .def(py::init([](std::shared_ptr<Device> device, std::size_t piece_bytes,
                        std::uint32_t pieces) {
-             return std::make_shared<Staging>(std::move(device),
-                                              StagingShape{piece_bytes, pieces});
+             return std::make_shared<Staging>(std::move(device), StagingShape{piece_bytes, pieces});
            }),
            py::arg("device"), py::arg("piece_bytes"), py::arg("pieces"), Release())
       .def_property_readonly("piece_bytes", [](const Staging& s) { return s.shape().piece_bytes; })

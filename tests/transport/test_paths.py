@@ -95,7 +95,8 @@ def test_p2p_between_two_devices_in_plain_memory(pool):
         pool, "p2p", device=open_device("cpu"), listener_device=open_device("cpu")
     )
     assert (accepted.kind, connected.kind) == ("p2p", "p2p")
-    assert "nothing but p2p" in connected.reason and "nothing but p2p" in accepted.reason
+    assert "nothing but p2p" in connected.reason
+    assert "nothing but p2p" in accepted.reason
     assert not accepted.hello
     assert connected.max_bulk_bytes >= 1 << 20
     assert accepted.max_bulk_bytes == 0  # only a source has staging
@@ -177,7 +178,9 @@ def test_staging_that_does_not_add_up_is_refused(said, fds, message):
         os.close(file)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", struct.pack(">I", 3) + b"[1]", b"\0\0\0\2{]"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xff\xff\xff", struct.pack(">I", 3) + b"[1]", b"\0\0\0\2{]"]
+)
 def test_what_is_no_frame_is_refused(data):
     own, peer = socket.socketpair()
     with own, peer:
@@ -206,10 +209,11 @@ def test_both_ends_fall_back_together(pool):
         broken.fail("import_pages", 1)
         target = paths.set_up_target(own, broken, gpu, gpu, "shm", _soon())
         assert source.result().path == target.path == "host"
-        assert "cannot map it" in target.why and "cannot map it" in source.result().why
+        assert "cannot map it" in target.why
+        assert "cannot map it" in source.result().why
 
 
-# -- NCCL -------------------------------------------------------------------------------------------
+# -- NCCL ----------------------------------------------------------------------------------------
 
 
 def _soon(seconds=SECONDS):
@@ -240,7 +244,8 @@ def fake_nccl(monkeypatch):
 def test_nccl_is_found(fake_nccl):
     probe = nccl_probe()
     assert (probe.version, probe.version_code, probe.problem) == ("2.27.3", 22703, "")
-    assert probe.launch_order and not probe.multi_rank_gpu
+    assert probe.launch_order
+    assert not probe.multi_rank_gpu
 
 
 def test_a_missing_nccl_is_explained(monkeypatch):
@@ -248,7 +253,6 @@ def test_a_missing_nccl_is_explained(monkeypatch):
     probe = nccl_probe()
     assert not probe.version
     assert "/nowhere/l.so" in probe.problem
-
 
 
 def test_one_rank_exchanges_with_itself(fake_nccl):

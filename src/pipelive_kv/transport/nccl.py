@@ -57,7 +57,7 @@ class DeviceTurn:
     """Whose turn it is to have NCCL work under way on one device of this process.
 
     Two communicators on a device whose operations two ranks issue in different orders wait on each
-    other for ever. Patches that travel by NCCL hold the turn of both devices while they transfer; an
+    other for ever. Patches that travel by NCCL hold both turns while they transfer; an
     engine that uses NCCL on the same device holds it from before it issues until its work has
     completed, and so the two can never wait in a circle::
 

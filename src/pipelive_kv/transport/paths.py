@@ -71,7 +71,9 @@ class Abilities:
 def abilities(device: Any, want: str) -> Abilities:
     """What this end can do with layers on ``device`` (a ``_core.Device``, or None)."""
     if device is None:
-        return Abilities(want, p2p_missing="no device was given", nccl_missing="no device was given")
+        return Abilities(
+            want, p2p_missing="no device was given", nccl_missing="no device was given"
+        )
     name, identity, exportable = _core.device_identity(device)
     p2p_missing = "" if exportable else f"{name} cannot export its memory as file descriptors"
     nccl, nccl_missing = 0, f"{name} is no GPU"
@@ -161,7 +163,12 @@ class Setup:
 
 
 def set_up_source(
-    connected: socket.socket, device: Any, own: Abilities, peer: Abilities, base: str, ends_at: float
+    connected: socket.socket,
+    device: Any,
+    own: Abilities,
+    peer: Abilities,
+    base: str,
+    ends_at: float,
 ) -> Setup:
     """The connecting end's half; ``connected`` is at rest after the handshake."""
     path, why = choose(own, peer, base)
@@ -201,7 +208,12 @@ def set_up_source(
 
 
 def set_up_target(
-    connected: socket.socket, device: Any, own: Abilities, peer: Abilities, base: str, ends_at: float
+    connected: socket.socket,
+    device: Any,
+    own: Abilities,
+    peer: Abilities,
+    base: str,
+    ends_at: float,
 ) -> Setup:
     """The listening end's half."""
     path, why = choose(peer, own, base)
@@ -216,7 +228,9 @@ def set_up_target(
         if path == "p2p":
             shape = [said.get(name) for name in ("offset", "nbytes", "piece_bytes", "pieces")]
             if len(fds) != 1 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
-                raise ProtocolError("the source's staging: no descriptor, or no sizes, came with it")
+                raise ProtocolError(
+                    "the source's staging: no descriptor, or no sizes, came with it"
+                )
             try:
                 setup.peer = _core.PeerStaging(device, fds.pop(), *shape)
             except PipeliveError as error:
