@@ -81,7 +81,9 @@ class PatchSender:
         spec: the shape of the moving layers; must be the target's, except for ``order``.
         layers: the moving layers' views, by layer.
         epoch: of the reconfiguration; the target refuses messages of any other.
-        max_message_bytes: the largest message; a shared-memory ring may bound it further.
+        max_message_bytes: the largest message, payload included; a shared-memory ring or the
+            channel's staging may bound it further. None: 4 MiB, or what the channel takes in device
+            memory beside a message.
         rate_limit: bytes per second, or None.
         checksum: whether every message carries a CRC32C of all of its bytes.
 
@@ -95,7 +97,7 @@ class PatchSender:
         layers: Mapping[int, LayerView],
         *,
         epoch: int,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_message_bytes: int | None = None,
         rate_limit: float | None = None,
         checksum: bool = True,
     ) -> None:
@@ -108,7 +110,7 @@ class PatchSender:
             spec.core,
             dict(layers),
             epoch,
-            max_message_bytes,
+            max_message_bytes or _message_bytes(channel, rate_limit),
             0.0 if rate_limit is None else rate_limit,
             checksum,
         )
@@ -351,3 +353,10 @@ def _ranges(ranges: Ranges) -> Ranges:
             raise InvalidArgumentError(f"ranges have shape {array.shape}, expected (n, 2)")
         array = array.reshape(0, 2)
     return array
+
+
+def _message_bytes(channel: Channel, rate_limit: float | None) -> int:
+    """The largest message where none was named; under a rate limit it is the size of a burst."""
+    if rate_limit is not None:
+        return MAX_MESSAGE_BYTES
+    return max(MAX_MESSAGE_BYTES, channel.max_bulk_bytes)

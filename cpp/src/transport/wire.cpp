@@ -43,7 +43,8 @@ struct Crcs {
 };
 
 // Everything about a header that can be known without looking at the rest.
-Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crcs) {
+Header check_header(std::span<const std::byte> head, std::size_t size, std::size_t beside,
+                    Crcs& crcs) {
   if (get<std::uint32_t>(head, 0) != kMagic) {
     refuse("magic is " + number(get<std::uint32_t>(head, 0)) + ", expected " + number(kMagic));
   }
@@ -64,7 +65,9 @@ Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crc
   }
   header.kind = static_cast<Kind>(kind);
   header.flags = get<std::uint8_t>(head, 7);
-  if ((header.flags & ~kBodyChecksum) != 0) refuse("flags are " + number(header.flags));
+  if ((header.flags & ~(kBodyChecksum | kPayloadBeside)) != 0) {
+    refuse("flags are " + number(header.flags));
+  }
   header.epoch = get<std::uint64_t>(head, 8);
   header.round = get<std::uint64_t>(head, 16);
   header.through_seq = get<std::int64_t>(head, 24);
@@ -81,7 +84,15 @@ Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crc
   // 2^32 records of 24 bytes cannot overflow 64 bits; the payload can, so it is compared, not
   // added.
   const std::size_t offset = payload_offset(header.records);
-  if (offset > size || header.payload_bytes != size - offset) {
+  const bool is_beside = (header.flags & kPayloadBeside) != 0;
+  if (is_beside && header.kind != Kind::data && header.kind != Kind::region) {
+    refuse("a " + std::string(to_string(header.kind)) + " has no payload beside it");
+  }
+  if (is_beside ? (beside == 0 || header.payload_bytes != beside) : beside != 0) {
+    refuse(number(beside) + " bytes came beside it, it says " +
+           number(is_beside ? header.payload_bytes : 0));
+  }
+  if (offset > size || (is_beside ? 0 : header.payload_bytes) != size - offset) {
     refuse(number(header.records) + " records and a payload of " + number(header.payload_bytes) +
            " bytes do not make the " + number(size) + " bytes that arrived");
   }
@@ -195,8 +206,8 @@ std::vector<std::byte> small_message(Header header, std::span<const std::byte> p
   return message;
 }
 
-void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy,
-                  Message& message) {
+void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy, Message& message,
+                  const Beside* beside) {
   if (bytes.size() < payload_offset(0)) {
     refuse("it has " + number(bytes.size()) + " bytes, expected " + number(payload_offset(0)) +
            " or more");
@@ -211,15 +222,19 @@ void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy
   };
   if (copy != nullptr) copy->clear();
   Crcs crcs;
-  message.header = check_header(keep(kHeaderBytes), bytes.size(), crcs);
+  message.header =
+      check_header(keep(kHeaderBytes), bytes.size(), beside ? beside->bytes.size() : 0, crcs);
   const bool bulk = message.header.kind == Kind::data || message.header.kind == Kind::region;
   const std::size_t records = message.header.records;
   const std::size_t offset = payload_offset(records);
   const std::span<const std::byte> inner = keep(bulk ? offset : bytes.size());
-  message.payload = bulk ? bytes.subspan(offset) : inner.subspan(offset);
+  message.payload = message.beside() ? beside->bytes
+                    : bulk           ? bytes.subspan(offset)
+                                     : inner.subspan(offset);
   if ((message.header.flags & kBodyChecksum) != 0) {
+    const std::uint32_t seed = crc32c(inner.subspan(kHeaderBytes, offset - kHeaderBytes));
     const std::uint32_t crc =
-        crc32c(message.payload, crc32c(inner.subspan(kHeaderBytes, offset - kHeaderBytes)));
+        message.beside() ? beside->crc(message.payload, seed) : crc32c(message.payload, seed);
     if (crc != crcs.body) {
       throw Error(ErrorCode::corrupt,
                   "message body (" + std::string(to_string(message.header.kind)) + ", " +

@@ -61,7 +61,7 @@ class Session : public ::testing::TestWithParam<ChannelKind> {
   EndMemory target;
 };
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Session, ::testing::Values(ChannelKind::shm, ChannelKind::tcp),
+INSTANTIATE_TEST_SUITE_P(Kinds, Session, PIPELIVE_CHANNEL_KINDS,
                          [](const auto& kind) { return test::name_of(kind.param); });
 
 TEST_P(Session, BulkRoundsAndTail) {

@@ -48,7 +48,7 @@ std::vector<std::byte> take(Channel& channel) {
 class ChannelContract : public ::testing::TestWithParam<ChannelKind> {};
 
 INSTANTIATE_TEST_SUITE_P(Kinds, ChannelContract,
-                         ::testing::Values(ChannelKind::shm, ChannelKind::tcp),
+                         PIPELIVE_CHANNEL_KINDS,
                          [](const auto& kind) { return test::name_of(kind.param); });
 
 TEST_P(ChannelContract, CarriesMessagesBothWaysInOrder) {

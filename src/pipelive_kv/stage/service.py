@@ -233,7 +233,12 @@ class StageService:
         def make_receiver(channel: Channel) -> PatchReceiver:
             return PatchReceiver(channel, stage.pool.spec, views, epoch=epoch, regions=regions)
 
-        listener = PatchListener(stage.transport, key=self._key, hello=self._hello(epoch))
+        listener = PatchListener(
+            stage.transport,
+            key=self._key,
+            hello=self._hello(epoch),
+            device=stage.pool.page_pool.device,
+        )
         return Incoming(source, layers, listener, make_receiver, ends_at)
 
     def _hello(self, epoch: int) -> dict[str, str | int | bool]:
@@ -260,6 +265,7 @@ class StageService:
                     key=self._key,
                     timeout=request.timeout,
                     hello=self._hello(request.epoch),
+                    device=stage.pool.page_pool.device,
                 )
                 sender = PatchSender(
                     channel,

@@ -67,7 +67,8 @@ class Stage:
         weights: the memory of the layers' weights; None where the engine loads them by itself.
         control: where the coordinator listens; None for a stage that never takes part in a
             reconfiguration.
-        transport: how KV arrives: ``shm``, ``tcp``, or ``auto`` for the best that both ends can do.
+        transport: how KV arrives: ``shm``, ``tcp``, ``p2p``, ``nccl``, or ``auto`` for the best of
+            them that both ends can do.
         gate_timeout: seconds that a step waits for the KV of a gained layer.
         marks_on_device: whether steps may leave it to their appends on a GPU to mark what they
             write, see :meth:`begin`; the pool lies on a GPU then.
@@ -96,8 +97,10 @@ class Stage:
             raise InvalidArgumentError(
                 f"the placement has {placement.num_layers} layers, the pool {pool.num_layers}"
             )
-        if transport not in ("auto", "shm", "tcp"):
-            raise InvalidArgumentError(f"transport is {transport!r}, expected auto, shm or tcp")
+        if transport not in ("auto", "shm", "tcp", "p2p", "nccl"):
+            raise InvalidArgumentError(
+                f"transport is {transport!r}, expected auto, shm, tcp, p2p or nccl"
+            )
         if placement.layers_of(pp_rank) != tuple(pool.layers):
             raise InvalidArgumentError(
                 f"stage {pp_rank} of placement {placement} holds layers "
