@@ -82,7 +82,7 @@ class PatchSender:
         layers: the moving layers' views, by layer.
         epoch: of the reconfiguration; the target refuses messages of any other.
         max_message_bytes: the largest message, payload included; a shared-memory ring or the
-            channel's staging may bound it further. None: 4 MiB, or what the channel takes in device
+            channel's staging may bound it further. None: 1 MiB, or what the channel takes in device
             memory beside a message.
         rate_limit: bytes per second, or None.
         checksum: whether every message carries a CRC32C of all of its bytes.

@@ -33,25 +33,32 @@ Deadline now() {
 constexpr std::uint64_t kVerifyBytes = std::uint64_t{64} << 20;
 constexpr std::size_t kVerifyRanges = 4096;
 
+PatchSender::Options resolved(PatchSender::Options options, const Channel& channel) {
+  if (options.max_message_bytes == 0) {
+    options.max_message_bytes = std::size_t{channel.bulk_device() == nullptr ? 1U : 16U} << 20;
+  }
+  return options;
+}
+
 }  // namespace
 
 PatchSender::PatchSender(std::shared_ptr<Channel> channel, PatchLayers layers,
                          const Options& options)
     : channel_(std::move(channel)),
       layers_(std::move(layers)),
-      options_(options),
-      max_message_(std::min(options.max_message_bytes, channel_->max_message_bytes())),
+      options_(resolved(options, *channel_)),
+      max_message_(std::min(options_.max_message_bytes, channel_->max_message_bytes())),
       max_beside_(channel_->bulk_device() != nullptr &&
                           channel_->bulk_device()->info().kind == layers_.copier().kind()
                       ? channel_->max_bulk_bytes()
                       : 0),
-      limit_(options.rate_limit, max_beside_ == 0 ? max_message_ : options.max_message_bytes),
+      limit_(options.rate_limit, max_beside_ == 0 ? max_message_ : options_.max_message_bytes),
 
       applied_(layers_.size()) {
   const std::size_t least =
       std::max(wire::message_bytes(1, layers_.slot_bytes()),
                wire::message_bytes(0, wire::kRoundTotalsBytes + 4 * layers_.size()));
-  const std::size_t most = max_beside_ == 0 ? max_message_ : options.max_message_bytes;
+  const std::size_t most = max_beside_ == 0 ? max_message_ : options_.max_message_bytes;
   if (most < least) {
     throw Error(ErrorCode::invalid_argument,
                 "max_message_bytes is " + std::to_string(most) +

@@ -40,8 +40,9 @@ class PatchSender {
  public:
   struct Options {
     std::uint64_t epoch = 0;
-    /// Bounds a message; the channel bounds it further. Best where a core's cache holds it.
-    std::size_t max_message_bytes = std::size_t{1} << 20;
+    /// Bounds a message and what goes beside it; the channel bounds both further. 0: 1 MiB, which a
+    /// core's cache holds, or 16 MiB where a device's memory goes beside messages.
+    std::size_t max_message_bytes = 0;
     double rate_limit = 0.0;  ///< bytes per second; 0 for none
     bool checksum = true;
   };
