@@ -42,15 +42,15 @@ SECONDS = 60.0
 SPEC = KVSpec(8, 128, "bfloat16", 16)
 
 
-def make_pool(layers: int, blocks: int) -> KVPool:
+def make_pool(layers: int, blocks: int, device: str) -> KVPool:
     return KVPool(
         SPEC,
         num_layers=layers,
         layers=range(layers),
         max_blocks=blocks,
         capacity=blocks,
-        budget="40GiB",
-        device="cuda:0",
+        budget=40 << 30,
+        device=device,
     )
 
 
@@ -69,12 +69,17 @@ def slot_ranges(kind: str, blocks: int) -> np.ndarray[Any, Any]:
     return np.stack([begins, np.full_like(begins, block // 2)], 1).astype(np.uint64)
 
 
-def plain_copy(nbytes: int) -> float:
-    """Seconds to copy ``nbytes`` on the GPU."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+def plain_copy(nbytes: int, device: str) -> float:
+    """Seconds to copy ``nbytes`` on the device."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
     times = []
     for _ in range(12):
+        if device == "cpu":
+            start = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - start)
+            continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         target.copy_(source)
@@ -127,7 +132,7 @@ def open_end(connected: socket.socket, memory: int, side: int, **ends: Any) -> A
 def run_source(fd: int, settings: dict[str, Any]) -> None:
     """The child: sends rounds, prints the seconds of each."""
     connected = socket.socket(fileno=fd)
-    pool = make_pool(settings["layers"], settings["blocks"])
+    pool = make_pool(settings["layers"], settings["blocks"], settings["device"])
     device = pool.page_pool.device
     staging = _core.Staging(device, settings["piece_bytes"], settings["pieces"])
     exported, offset, nbytes = staging.export_memory()
@@ -170,7 +175,7 @@ def patch(settings: dict[str, Any]) -> tuple[float, int]:
         text=True,
     )
     theirs.close()
-    pool = make_pool(settings["layers"], settings["blocks"])
+    pool = make_pool(settings["layers"], settings["blocks"], settings["device"])
     device = pool.page_pool.device
     ours.settimeout(SECONDS)
     said, fds, _, _ = socket.recv_fds(ours, 4096, 2)
@@ -193,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", nargs=2, metavar=("FD", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--mib", type=int, default=1024, help="bytes of a patch")
+    parser.add_argument("--device", default="cuda:0", help="cpu tries the whole path without a GPU")
     parser.add_argument("--quick", action="store_true", help="one shape and one piece size")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -202,7 +208,7 @@ def main() -> None:
     nbytes = options.mib * MIB
     layers = 16
     blocks = 2 * nbytes // (layers * SPEC.slot_bytes * SPEC.block_size)
-    copy = plain_copy(nbytes)
+    copy = plain_copy(nbytes, options.device)
     rows = [{"what": "plain copy", "seconds": copy, "gb_s": nbytes / copy * 1e-9, "ratio": 1.0}]
     kinds = ["one range"] if options.quick else ["one range", "whole blocks", "half blocks"]
     sizes = [32] if options.quick else [8, 32, 128]
@@ -217,6 +223,7 @@ def main() -> None:
                     "pieces": 3,
                     "checksum": checksum,
                     "rounds": 8,
+                    "device": options.device,
                 }
                 seconds, sent = patch(settings)
                 rows.append(
@@ -228,17 +235,18 @@ def main() -> None:
                         "ratio": sent / seconds / (nbytes / copy),
                     }
                 )
-    version, seconds = nccl_alone(64 * MIB)
-    small = plain_copy(64 * MIB)
-    rows.append(
-        {
-            "what": f"NCCL {version} with itself, 64 MiB",
-            "seconds": seconds,
-            "gb_s": 64 * MIB / seconds * 1e-9,
-            "ratio": small / seconds,
-        }
-    )
-    name = torch.cuda.get_device_name(0)
+    name = "cpu"
+    if options.device != "cpu":
+        name = torch.cuda.get_device_name(0)
+        version, seconds = nccl_alone(64 * MIB)
+        rows.append(
+            {
+                "what": f"NCCL {version} with itself, 64 MiB",
+                "seconds": seconds,
+                "gb_s": 64 * MIB / seconds * 1e-9,
+                "ratio": plain_copy(64 * MIB, options.device) / seconds,
+            }
+        )
     print(f"{name}: {options.mib} MiB of slots, ratios to a plain copy of as many bytes")
     for row in rows:
         print(

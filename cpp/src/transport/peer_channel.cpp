@@ -16,7 +16,6 @@ constexpr std::uint64_t kBeingFilled = ~std::uint64_t{0};
 PeerChannel::PeerChannel(std::shared_ptr<Channel> base, Options options)
     : options_(std::move(options)),
       held_by_(options_.own ? options_.own->shape().pieces : 0, 0),
-      peer_sent_(options_.peer ? options_.peer->shape().pieces : 0, false),
       link_(std::move(base), options_.window_bytes, [this](const Note& note) { take_note(note); }) {
   if (!options_.device) {
     throw Error(ErrorCode::invalid_argument, "a p2p channel needs a device");
@@ -105,17 +104,16 @@ std::optional<std::span<const std::byte>> PeerChannel::do_receive(Deadline deadl
   if (incoming == nullptr) return std::nullopt;
   const Note& note = incoming->note;
   if (note.bulk_bytes != 0) {
-    const bool known = note.piece < peer_sent_.size();
-    if (!known || note.bulk_bytes > options_.peer->shape().piece_bytes || peer_sent_[note.piece]) {
-      const Error error(ErrorCode::protocol,
-                        "the peer sends " + std::to_string(note.bulk_bytes) + " bytes in piece " +
-                            std::to_string(note.piece) + " of its " +
-                            std::to_string(peer_sent_.size()) +
-                            (known && peer_sent_[note.piece] ? ", which it had not got back" : ""));
+    // That the piece is not one which this end still reads is the peer's own care: it would spoil
+    // nothing but its own bytes.
+    const std::uint32_t pieces = options_.peer ? options_.peer->shape().pieces : 0;
+    if (note.piece >= pieces || note.bulk_bytes > options_.peer->shape().piece_bytes) {
+      const Error error(ErrorCode::protocol, "the peer sends " + std::to_string(note.bulk_bytes) +
+                                                 " bytes in piece " + std::to_string(note.piece) +
+                                                 " of its " + std::to_string(pieces));
       link_.fail(error);
       throw error;
     }
-    peer_sent_[note.piece] = true;
   }
   received_ = note;
   return std::span<const std::byte>(incoming->message);
@@ -130,7 +128,6 @@ void PeerChannel::do_release() {
   const Note note = std::exchange(received_, Note{});
   if (note.bulk_bytes != 0) {
     wait_stream(Deadline::after(kReleasePatience), "reading");
-    peer_sent_[note.piece] = false;
     Note released;
     released.kind = Note::Kind::released;
     released.piece = note.piece;

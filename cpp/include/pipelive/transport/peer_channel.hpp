@@ -28,7 +28,7 @@ class PeerChannel final : public Channel {
     Stream stream;                                    ///< of this end's copies
     std::shared_ptr<const void> stream_owner;         ///< kept as long as the channel
     std::shared_ptr<Staging> own;                     ///< where this end sends from; may be null
-    std::shared_ptr<const PeerStaging> peer;                ///< where the peer sends from; may be null
+    std::shared_ptr<const PeerStaging> peer;          ///< where the peer sends from; may be null
     std::size_t window_bytes = std::size_t{8} << 20;  ///< the same at both ends
   };
 
@@ -71,7 +71,6 @@ class PeerChannel final : public Channel {
   std::uint64_t next_number_ = 1;
   Note received_;
   std::vector<std::uint64_t> held_by_;  // piece -> message whose receiver has it; 0: free. Guarded
-  std::vector<bool> peer_sent_;         // the peer's pieces that this end has not released
   FrameLink link_;                      // last: its thread uses the rest
 };
 
