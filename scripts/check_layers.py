@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "transport",
         "weights",
     ),
-    ("control", "messages", "record"),
+    ("control", "messages", "protocol", "record"),
     ("coordinator", "scheduler", "stage"),
     ("engines", "trace"),
     ("cli", "demo"),
