@@ -123,10 +123,11 @@ class Recovery:
         if decision.outcome == "commit":
             job.check()
         else:
-            self._check_taken_back(epoch, to)
+            self._check_taken_back(epoch)
         return decision
 
-    def _check_taken_back(self, epoch: int, to: Fanout) -> None:
+    def _check_taken_back(self, epoch: int) -> None:
+        to = Fanout(self._server, self._stages)
         open_ = [
             to.stages[info.rank]
             for info in survey(to, self._rest()).stages
