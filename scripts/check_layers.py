@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "transport",
         "weights",
     ),
-    ("control", "messages", "record"),
+    ("control", "messages", "protocol", "record"),
     ("coordinator", "scheduler", "stage"),
     ("doctor", "engines", "trace"),
     ("cli", "demo"),

@@ -241,9 +241,9 @@ MUTANTS = (
     Mutant(
         "abort-discards",
         "an abort gives back what the new layers held",
-        PYTHON + "coordinator/coordinator.py",
-        "to.try_all(lambda _: Abort(self.epoch, str(error)), Done, _ABORT_TIMEOUT)",
-        "[]",
+        PYTHON + "coordinator/ending.py",
+        "lambda _: Abort(self.epoch, reason, ABORT_TIMEOUT), Done, ABORT_TIMEOUT\n        )\n",
+        "lambda _: Abort(self.epoch, reason, ABORT_TIMEOUT), Done, ABORT_TIMEOUT, ()\n        )\n",
         ("tests/coordination",),
     ),
 )
