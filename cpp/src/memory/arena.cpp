@@ -237,9 +237,9 @@ void Arena::check_mapped(const char* call, std::size_t offset, std::size_t bytes
     check_open();
   }
   if (!is_mapped(offset, bytes)) {
-    throw Error(ErrorCode::not_resident,
-                std::string(call) + ": not all of the " + std::to_string(bytes) +
-                    " bytes at offset " + std::to_string(offset) + " are mapped");
+    throw Error(ErrorCode::not_resident, std::string(call) + ": not all of the " +
+                                             std::to_string(bytes) + " bytes at offset " +
+                                             std::to_string(offset) + " are mapped");
   }
 }
 
