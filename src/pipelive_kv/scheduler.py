@@ -109,6 +109,7 @@ class _State:
     closed: bool = False
     remap: list[Callable[[Mapping[int, int]], None]] = field(default_factory=list)
     capacity: list[Callable[[int], None]] = field(default_factory=list)
+    wake: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -188,6 +189,13 @@ class Scheduler:
         PipeliveError; for a higher one it runs in a thread of the control plane and must not raise.
         """
         self._state.capacity.append(callback)
+
+    def on_wants_step(self, callback: Callable[[], None]) -> None:
+        """Have ``callback()`` called when :attr:`wants_step` becomes true: wake an idle engine.
+
+        It runs in a thread of the control plane and must neither wait nor raise.
+        """
+        self._state.wake.append(callback)
 
     def stamp(self) -> Stamp:
         """The next step's stamp.
@@ -362,6 +370,7 @@ class Scheduler:
                 raise BusyError("Shrink: another shrink waits for a step")
             pending = _ShrinkRequest(request.capacity, time.monotonic() + request.timeout)
             state.shrink = pending
+            self._wake()
             while pending.outcome is None and not state.closed:
                 rest = pending.ends_at - time.monotonic()
                 if rest <= 0:
@@ -419,7 +428,12 @@ class Scheduler:
                 record=FileDecisionRecord(request.record),
                 ends_at=time.monotonic() + request.timeout,
             )
+            self._wake()
             return Proposed(state.switch.step)
+
+    def _wake(self) -> None:
+        for callback in self._state.wake:
+            callback()
 
     def _settle(self, epoch: int, commit: bool) -> None:
         state = self._state
