@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelive_kv.models.smollm import smollm2
+
 PLACES = ["the sea", "a forest", "a railway", "a library", "a desert", "a harbour", "a city", "ice"]
 KEY = "demo-key"
 
@@ -61,10 +63,10 @@ def server(arguments: argparse.Namespace, *, plugin: bool) -> Iterator[None]:
     }
     if plugin:
         command += ["--additional-config", '{"pipelive": {}}']
-    log = Path(arguments.log).open("a")
-    process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+    with Path(arguments.log).open("a") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         await_health(arguments.port, process, arguments.log)
         yield
@@ -75,7 +77,6 @@ def server(arguments: argparse.Namespace, *, plugin: bool) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        log.close()
 
 
 def await_health(port: int, process: subprocess.Popen[bytes], log: str) -> None:
@@ -182,8 +183,6 @@ def main() -> None:
     parser.add_argument("--log", default="vllm-demo.log", help="what the servers say")
     arguments = parser.parse_args()
     if arguments.model is None:
-        from pipelive_kv.models.smollm import smollm2
-
         arguments.model = smollm2()
 
     print("stock vLLM:")

@@ -13,9 +13,9 @@ import pipelive_kv.engines.vllm as live
 
 def start(model: Path, *, plugin: bool = True, options: dict[str, Any] | None = None, **settings):
     """An ``LLM`` of two pipeline ranks; ``plugin=False`` is stock vLLM."""
-    from vllm import LLM
-
     import os
+
+    from vllm import LLM
 
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc of functions
     defaults = {
@@ -42,12 +42,11 @@ def prompts(count: int, *, shared: int = 0, seed: int = 0) -> list[list[int]]:
 
 
 def generate(llm: Any, wanted: list[list[int]], tokens: int) -> list[list[int]]:
-    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    sampling = SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-    )
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     found = llm.generate(
         [TokensPrompt(prompt_token_ids=ids) for ids in wanted], sampling, use_tqdm=False
     )

@@ -65,7 +65,8 @@ def test_a_shrink_moves_blocks_in_use_and_keeps_cached_ones_while_there_is_room(
     assert {high[0].block_id, high[1].block_id} <= set(range(6))
     for index in range(4):
         found = lookup(pool, 1, index)
-        assert found is not None and found[0] is high[index]
+        assert found is not None
+        assert found[0] is high[index]
         assert found[0].block_id == owner_moves.get(5 + index, 5 + index)
 
 
@@ -99,7 +100,8 @@ def test_a_shrink_below_one_request_is_refused(make):
 def test_growth_takes_effect_with_the_next_step(make):
     pool, owner = make(4)
     owner.raise_capacity(9)
-    assert owner.capacity == 9 and pool.num_gpu_blocks == 4
+    assert owner.capacity == 9
+    assert pool.num_gpu_blocks == 4
     owner.apply_raised()
     check(pool)
     assert len(pool.get_new_blocks(8)) == 8
@@ -110,7 +112,7 @@ def test_any_order_of_calls_keeps_content_findable(make, seed):
     """The blocks of a request hold the same bytes before and after whatever happens."""
     dice = random.Random(seed)
     pool, owner = make(24)
-    memory = {block: None for block in range(64)}
+    memory = dict.fromkeys(range(64))
     requests: dict[int, list] = {}
     content: dict[int, str] = {}
     for number in range(200):

@@ -54,6 +54,13 @@ class VllmLayers(EngineHooks):
         if first is None:
             raise InvalidArgumentError("pipelive_kv: this rank has no layers at start")
         self._template = self._modules[first]
+        self._suffix = self._names[first].removeprefix(self.factory.name(first))
+        for layer, name in self._names.items():
+            if name != self._attention_name(layer):
+                raise InvalidArgumentError(
+                    f"pipelive_kv: the attention of layer {layer} is {name}, expected "
+                    f"{self._attention_name(layer)}"
+                )
         self._source = SafetensorsSource(
             _checkpoint(runner.model_config), prefix=f"{self.factory.prefix}."
         )
@@ -172,11 +179,7 @@ class VllmLayers(EngineHooks):
         return dict(self._names)
 
     def _attention_name(self, layer: int) -> str:
-        known, name = next(iter(self._names.items()), (None, ""))
-        if known is None:
-            known, name = self._last_name
-        self._last_name = (known, name)
-        return name.replace(self.factory.name(known) + ".", self.factory.name(layer) + ".")
+        return self.factory.name(layer) + self._suffix
 
     def _attention(self, layer: int) -> Any:
         context = self._config.compilation_config.static_forward_context
