@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class WorkerState:
         kv_spec = KVSpec(
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_size,
-            dtype=str(spec.dtype).removeprefix("torch."),
+            dtype=cast(Any, str(spec.dtype).removeprefix("torch.")),  # checked there
             block_size=spec.block_size,
             order="hnd",
         )
@@ -68,11 +68,11 @@ class WorkerState:
 
     def kv_view(self, layer: int) -> Any:
         """A layer's blocks as vLLM's attention wants them; the address never changes."""
-        import torch  # noqa: PLC0415
+        from torch.utils.dlpack import from_dlpack  # noqa: PLC0415
 
         view = self._views.get(layer)
         if view is None:
-            blocks: Any = torch.from_dlpack(self.pool.layer(layer))
+            blocks = from_dlpack(self.pool.layer(layer))
             num, heads, _, tokens, dim = blocks.shape
             view = blocks.view(num, heads, tokens, 2 * dim)
             self._views[layer] = view
