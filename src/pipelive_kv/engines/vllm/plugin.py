@@ -26,18 +26,18 @@ def register() -> None:
 
 
 def _refuse(release: str) -> None:
-    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+    from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
 
-    original = EngineCore.__init__
+    original = EngineArgs.create_engine_config
 
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if KEY in (getattr(vllm_config, "additional_config", None) or {}):
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if KEY in (getattr(self, "additional_config", None) or {}):
             raise InvalidArgumentError(
                 f"pipelive_kv works with vLLM {', '.join(TESTED_VERSIONS)}; this is {release}"
             )
-        original(self, vllm_config, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    EngineCore.__init__ = init
+    EngineArgs.create_engine_config = create_engine_config
 
 
 def endpoints() -> Any:

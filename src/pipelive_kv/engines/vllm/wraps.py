@@ -20,18 +20,21 @@ _MARK = "_pipelive_wrapped"
 
 def install() -> None:
     """Install all wrappers; a second call changes nothing."""
+    from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
     from vllm.model_executor.models import utils as model_utils  # noqa: PLC0415
     from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: PLC0415
 
-    if hasattr(EngineCore.__init__, _MARK):
+    if hasattr(EngineCore.shutdown, _MARK):
         return
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap_everywhere(model_utils, "make_layers", _make_layers)
     _wrap(GPUModelRunner, "initialize_kv_cache_tensors", _initialize_kv_cache_tensors)
     _wrap(GPUModelRunner, "execute_model", _execute_model)
     _wrap(GPUModelRunner, "_get_slot_mappings", _get_slot_mappings)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
-    _wrap(EngineCore, "__init__", _engine_core_init)
+    _wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
+    _wrap(EngineCore, "_initialize_effective_attention_block_size", _scheduler_is_made)
     _wrap(EngineCore, "shutdown", _engine_core_shutdown)
     EngineCore.pipelive_reconfigure = core_side.pipelive_reconfigure
     EngineCore.pipelive_cancel = core_side.pipelive_cancel
@@ -126,20 +129,39 @@ def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     return original(self, *args, **kwargs)
 
 
+# -- front end ------------------------------------------------------------------------------------
+
+
+def _create_engine_config(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Refuse what is not supported in the user's own process, before anything is started."""
+    config = original(self, *args, **kwargs)
+    if options_of(config) is not None:
+        check_supported(config)
+    return config
+
+
 # -- engine core ----------------------------------------------------------------------------------
 
 
-def _engine_core_init(
-    original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Refuse what is not supported before anything is started; afterwards take part in the
-    scheduler and connect the workers."""
-    options = options_of(vllm_config)
-    if options is not None:
+def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
+    """Refuse what is not supported, where the configuration did not come from ``EngineArgs``."""
+    if options_of(vllm_config) is not None:
         check_supported(vllm_config)
-    original(self, vllm_config, *args, **kwargs)
+    return original(self, vllm_config)
+
+
+def _scheduler_is_made(original: Callable[..., Any], self: Any) -> Any:
+    """Take part in the scheduler and connect the workers.
+
+    This method is the first that ``EngineCore.__init__`` calls when the scheduler is there. The
+    constructor itself cannot be wrapped: a spawned engine core loads plugins inside of it."""
+    result = original(self)
+    options = options_of(self.vllm_config)
     if options is not None:
         self.pipelive = core_side.CoreState(self, options)
+    return result
 
 
 def _engine_core_shutdown(original: Callable[..., Any], self: Any) -> Any:
