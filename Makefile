@@ -40,7 +40,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda mutants wheel-check clean
+.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan cuda mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,8 +63,16 @@ test-cpp: build  ## Run the C++ tests; CTEST_ARGS="-R name" chooses
 test-py: build  ## Run the Python tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+test-vllm: build  ## Run the tests inside vLLM, in an environment of its own (.venv-vllm, 3.5 GB)
+	@scripts/vllm_env.sh
+	@.venv-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
 demo: build  ## Run the demo; DEMO_ARGS passes arguments
 	@$(BIN)/pipelive-kv demo $(DEMO_ARGS)
+
+demo-vllm: build  ## Show vLLM's own server change its split; DEMO_ARGS passes arguments
+	@scripts/vllm_env.sh
+	@.venv-vllm/bin/python examples/vllm_live_reconfiguration.py $(DEMO_ARGS)
 
 bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
 	@$(CONFIGURE) -B build/bench -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \

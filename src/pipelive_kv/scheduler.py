@@ -127,6 +127,7 @@ class _State:
     closed: bool = False
     remap: list[Callable[[Mapping[int, int]], None]] = field(default_factory=list)
     capacity: list[Callable[[int], None]] = field(default_factory=list)
+    wake: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -211,6 +212,13 @@ class Scheduler:
         PipeliveError; for a higher one it runs in a thread of the control plane and must not raise.
         """
         self._state.capacity.append(callback)
+
+    def on_wants_step(self, callback: Callable[[], None]) -> None:
+        """Have ``callback()`` called when :attr:`wants_step` becomes true: wake an idle engine.
+
+        It runs in a thread of the control plane and must neither wait nor raise.
+        """
+        self._state.wake.append(callback)
 
     def stamp(self) -> Stamp:
         """The next step's stamp.
@@ -433,6 +441,7 @@ class Scheduler:
             ends_at = time.monotonic() + request.timeout
             pending = _ShrinkRequest(request.epoch, request.capacity, ends_at)
             state.shrink = pending
+            self._wake()
             while pending.outcome is None and not state.closed:
                 rest = pending.ends_at - time.monotonic()
                 if rest <= 0:
@@ -488,7 +497,12 @@ class Scheduler:
                     record=self._record or FileDecisionRecord(request.record),
                     ends_at=time.monotonic() + request.timeout,
                 )
+            self._wake()
             return Proposed(state.switch.step)
+
+    def _wake(self) -> None:
+        for callback in self._state.wake:
+            callback()
 
     def _settle(self, request: Settle) -> Done:
         with self._lock:

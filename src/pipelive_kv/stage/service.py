@@ -211,7 +211,9 @@ class StageService:
 
     def _own_bytes(self, layers: tuple[int, ...]) -> int:
         pool = self._stage.pool
-        weights = sum(self._layer_bytes(layer) for layer in layers)
+        # Weights that do not lie in the pool's pages are in the budget, but not in what is used.
+        inside = getattr(self._stage.weights, "in_pool", True)
+        weights = sum(self._layer_bytes(layer) for layer in layers) if inside else 0
         return weights + (pool.bytes_needed(layers, pool.capacity) if layers else 0)
 
     def _prepare(self, request: Prepare) -> Prepared:

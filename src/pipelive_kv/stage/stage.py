@@ -26,7 +26,7 @@ from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
 from pipelive_kv.stage.limits import GATE_TIMEOUT, JOIN_TIMEOUT
 from pipelive_kv.stage.service import StageService
 from pipelive_kv.stage.session import StageSession
-from pipelive_kv.tracker import DirtyTracker
+from pipelive_kv.tracker import DirtyTracker, Integers
 
 Slots = npt.NDArray[np.int64]
 
@@ -50,6 +50,18 @@ class Step:
             PipeliveError: the transfer failed.
         """
         self._stage.gate(self.stamp, layer)
+
+    def record_blocks(self, ids: Integers) -> None:
+        """Log whole blocks as written by the step; call between ``begin`` and ``end``.
+
+        For engines that know what a step writes only after it has begun, or whose attention keeps
+        the tokens of a block in an order of its own, so that a part of a block says nothing.
+
+        Raises:
+            InvalidArgumentError: a block is not below ``max_blocks``.
+        """
+        pool = self._stage.pool
+        self._stage.tracker.record_blocks(self.stamp.seq, ids, pool.spec.block_size)
 
 
 class Stage:

@@ -1,0 +1,142 @@
+"""HTTP routes on vLLM's own API server; vLLM loads them as an endpoint plugin.
+
+``POST /pipelive/reconfigure`` ``{"layers": [20, 10], "timeout": 60, "wait": true, "options": {}}``,
+``POST /pipelive/cancel`` and ``GET /pipelive/status``. All ask for the server's API key, which vLLM
+itself does only below ``/v1``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from typing import Any
+
+import msgspec
+
+from pipelive_kv.engines.vllm.api import cancel_async, reconfigure_async, status_async
+from pipelive_kv.engines.vllm.metrics import Metrics
+from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
+
+
+class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /pipelive/reconfigure``."""
+
+    layers: list[int]
+    timeout: float = 60.0
+    wait: bool = True
+    options: dict[str, Any] = {}
+
+
+class PipeliveEndpoints:
+    """vLLM's ``EndpointPlugin``."""
+
+    name = "pipelive"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._metrics: Metrics | None = None
+        self._tokens: list[str] = []
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Keep the engine's client and the server's API keys."""
+        from vllm import envs  # noqa: PLC0415
+
+        self._engine = engine_client
+        keys = getattr(args, "api_key", None) or [envs.VLLM_API_KEY]
+        self._tokens = [key for key in keys if key]
+        try:
+            found = await status_async(engine_client)
+        except PipeliveError:
+            return  # started without the plugin's options: the routes say so
+        self._metrics = Metrics()
+        self._metrics.standing(found)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes."""
+        from fastapi import APIRouter, Request  # noqa: PLC0415
+        from fastapi.responses import JSONResponse  # noqa: PLC0415
+
+        router = APIRouter(prefix="/pipelive")
+
+        async def post_reconfigure(request: Any) -> Any:
+            return JSONResponse(*await self._answer(request, self._reconfigure))
+
+        async def post_cancel(request: Any) -> Any:
+            return JSONResponse(*await self._answer(request, self._cancel))
+
+        async def get_status(request: Any) -> Any:
+            return JSONResponse(*await self._answer(request, self._status))
+
+        for path, method, handler in (
+            ("/reconfigure", "POST", post_reconfigure),
+            ("/cancel", "POST", post_cancel),
+            ("/status", "GET", get_status),
+        ):
+            # FastAPI reads the type, which is not there where this module is imported.
+            handler.__annotations__["request"] = Request
+            router.add_api_route(path, handler, methods=[method])
+        app.include_router(router)
+
+    async def _answer(self, request: Any, handle: Any) -> tuple[dict[str, Any], int]:
+        """(body, HTTP status) of one request."""
+        if self._tokens and not self._authorised(request):
+            return {"error": "Unauthorized"}, 401
+        try:
+            return await handle(request), 200
+        except (msgspec.DecodeError, InvalidArgumentError) as error:
+            return {"error": str(error), "type": "InvalidArgumentError"}, 400
+        except BusyError as error:
+            return {"error": str(error), "type": "BusyError"}, 409
+        except PipeliveError as error:
+            # The old split serves on.
+            return {"error": str(error), "type": type(error).__name__}, 422
+
+    def _authorised(self, request: Any) -> bool:
+        from vllm.entrypoints.serve.middleware.authenticate import (  # noqa: PLC0415
+            AuthenticationMiddleware,
+        )
+
+        checker: Any = AuthenticationMiddleware(request.app, self._tokens)
+        return bool(checker.verify_token(request.headers))
+
+    async def _status(self, request: Any) -> dict[str, Any]:
+        return await status_async(self._engine)
+
+    async def _cancel(self, request: Any) -> dict[str, Any]:
+        return await cancel_async(self._engine)
+
+    async def _reconfigure(self, request: Any) -> dict[str, Any]:
+        wish = msgspec.json.decode(await request.body(), type=Wish)
+        if not 0 < wish.timeout <= 3600:
+            raise InvalidArgumentError(f"timeout is {wish.timeout}, expected seconds up to 3600")
+        misplaced = {"timeout", "wait", "layers", "engine"} & set(wish.options)
+        if misplaced:
+            raise InvalidArgumentError(f"options has {', '.join(sorted(misplaced))}")
+        answer = await reconfigure_async(
+            self._engine, wish.layers, timeout=wish.timeout, wait=False, **wish.options
+        )
+        watcher = asyncio.ensure_future(self._watch())
+        if wish.wait:
+            # Shielded: a client that goes away leaves the reconfiguration, and its metrics, going.
+            await asyncio.shield(watcher)
+            answer = await status_async(self._engine)
+            error = answer["job"]["error"]
+            if error is not None:
+                raise PipeliveError(f"{error['type']}: {error['message']}")
+        else:
+            self._watchers.add(watcher)
+            watcher.add_done_callback(self._watchers.discard)
+        return answer
+
+    async def _watch(self) -> None:
+        while True:
+            found = await status_async(self._engine)
+            job = found["job"]
+            if job["final"]:
+                break
+            await asyncio.sleep(0.02)
+        if self._metrics is not None:
+            self._metrics.ended(job if job["error"] is None else None)
+            self._metrics.standing(found)
