@@ -105,6 +105,14 @@ class VllmLayers(EngineHooks):
             "weights_from is 'peer', expected 'source': vLLM's packed weights cannot be sent"
         )
 
+    def landed(self, layer: int) -> None:
+        """As :meth:`region`."""
+        self.region(layer)
+
+    def outgoing(self, layer: int) -> Any:
+        """As :meth:`region`."""
+        return self.region(layer)
+
     def drop(self, layer: int) -> None:
         """Count the layer's weights out; :meth:`retire` or :meth:`discard` gave them back."""
         self._held.discard(layer)
