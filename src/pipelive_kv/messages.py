@@ -169,8 +169,14 @@ class Converged(Body, frozen=True):
     """What a source predicts for the switchover."""
 
     predicted_stop_ms: float
+    """The sum of the three parts that follow the counts."""
     rounds: int
     lag_steps: int
+    fixed_ms: float = 0.0
+    bytes_ms: float = 0.0
+    records_ms: float = 0.0
+    stalled: bool = False
+    """Not converged: the last rounds have brought no gain, since steps write as fast."""
 
 
 class Arm(Body, frozen=True):
@@ -206,6 +212,8 @@ class RoundRecord(Body, frozen=True):
     end_ns: int
     busy_s: float
     lag_steps: int
+    predicted_stop_ms: float = 0.0
+    """What the stop would have been predicted to take after this round."""
 
 
 class Switched(Body, frozen=True):
@@ -289,6 +297,8 @@ class SchedulerInfo(Body, frozen=True):
     """The epoch for which something is under way here, -1 for none."""
     capacity_before: int = -1
     """What the capacity was before the pending epoch lowered it, -1 where it did not."""
+    switch_hold_s: float = 0.0
+    """How long the last switchover waited for word of its decision."""
 
 
 class Shrink(Body, frozen=True):
@@ -337,6 +347,16 @@ class Held(Body, frozen=True):
     last_seq: int
 
 
+class Throttle(Body, frozen=True):
+    """Ask the engine to write less: ``share`` of what it otherwise would, until the outcome."""
+
+    epoch: int
+    share: float
+    """Above 0, up to 1 for all of it."""
+    timeout: float
+    """Seconds after which the engine goes on as before, whatever has become of the epoch."""
+
+
 class Propose(Body, frozen=True):
     """Ask for a switchover step; the scheduler does not stamp it before it knows the outcome."""
 
@@ -383,6 +403,7 @@ Request = (
     | RaiseCapacity
     | ListLive
     | Hold
+    | Throttle
     | Propose
     | Settle
 )

@@ -222,6 +222,7 @@ SCHEDULER: Machine[SchedulerState] = Machine(
         *_stay(SchedulerState, Age.OLD, "Settle(abort)"),
         *_in(_SERVING, Age.NONE, {STAMP: _SERVING, "RaiseCapacity": _SERVING}),
         *_in(_SERVING, Age.NEW, {"Shrink": _SERVING, "Hold": _HELD}),
+        *_in(_SERVING, Age.NEW, {"Throttle": _SERVING}, "until the outcome"),
         *_in(_SERVING, Age.NEW, {"Propose": _PROPOSED}, "the promise not to stamp k"),
         *_in(_SERVING, Age.NEW, {"Settle(abort)": _SERVING}, "the epoch is fenced"),
         *_in(_SERVING, Age.RUNNING, {"Settle(commit)": _SERVING}, "said again"),
@@ -329,14 +330,21 @@ JOB = JobTable(
             Ask("StartCopy", "stages"),
             Ask("LoadWeights", "stages"),
         ),
-        Phase.PATCHING: (Ask("AwaitConverged", "stages"),),
+        Phase.PATCHING: (
+            Ask("AwaitConverged", "stages"),
+            Ask("Throttle", "scheduler", optional=True),
+        ),
         Phase.ARMED: (Ask("Arm", "stages"), Ask("Propose", "scheduler")),
         Phase.SWITCHING: (
             Ask("Settle(commit)", "scheduler", record="commit"),
             Ask("Commit", "stages", record="commit"),
             Ask("AwaitSwitched", "stages", record="commit"),
         ),
-        Phase.RELEASING: (Ask("Release", "stages", record="commit"), *_ROOM),
+        Phase.RELEASING: (
+            Ask("DescribeScheduler", "scheduler", optional=True),
+            Ask("Release", "stages", record="commit"),
+            *_ROOM,
+        ),
         Phase.ABORTING: (
             Ask("Abort", "stages", record="abort"),
             Ask("Settle(abort)", "scheduler", record="abort"),

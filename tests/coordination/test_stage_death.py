@@ -12,16 +12,19 @@ import pipelive_kv as pk
 OLD, NEW = [3, 3, 0], [2, 2, 2]
 
 
+# 40 blocks of 512 bytes are 5 pages a layer; stage 1 holds 4 layers while they move.
+ENOUGH, TIGHT = 4 * 5 * 4096, 4 * 4 * 4096
+
+
 @pytest.fixture
-def pipeline(tmp_path):
+def pipeline(request, tmp_path):
     made = Pipeline(
         OLD,
         tmp_path / "record",
         seed=os.getpid(),
         remote=1,
         capacity=40,
-        # Stage 1 holds 3 layers before and 4 while they move, for which the blocks become fewer.
-        budget=3 * 5 * 4096 + 2 * 4096,
+        budget=getattr(request, "param", ENOUGH),
     )
     yield made
     made.close()
@@ -43,7 +46,7 @@ def start(pipeline, tmp_path):
         process.close()
 
 
-def _reconfigure(pipeline, counts, on_phase=None):
+def _reconfigure(pipeline, counts, on_phase=None, on_step=lambda: None):
     job = pipeline.coordinator.reconfigure(
         pk.Placement.from_counts(counts),
         timeout=120,
@@ -52,6 +55,7 @@ def _reconfigure(pipeline, counts, on_phase=None):
     )
     while not job.phase.is_final:
         _step(pipeline)
+        on_step()
     return job
 
 
@@ -88,6 +92,27 @@ def test_it_dies_without_harm(pipeline, start, phase):
     job = pipeline.coordinator.reconfigure(pk.Placement.from_counts(NEW), timeout=0.2)
     with pytest.raises(pk.DeadlineError, match="no word from stage/2"):
         job.wait(timeout=60)
+
+
+@pytest.mark.parametrize("pipeline", [TIGHT], indirect=True)
+def test_the_capacity_is_raised_again_without_it(pipeline, start):
+    for _ in range(20):
+        _step(pipeline)
+    child = start()
+    seen = []
+
+    def on_step():
+        # It takes part in no step, so that everybody waits for it to shrink.
+        if pipeline.allocator.capacity < 40 and not seen:
+            seen.append(pipeline.allocator.capacity)
+            child.kill()
+
+    job = _reconfigure(pipeline, NEW, on_step=on_step)
+    with pytest.raises(pk.ClosedError, match="phase admitted: stage/2 has gone"):
+        job.wait(timeout=1)
+    assert seen == [32]
+    assert pipeline.allocator.capacity == 40
+    pipeline.check(pk.Placement.from_counts(OLD))
 
 
 def test_close_does_not_wait_for_the_dead(pipeline, start):

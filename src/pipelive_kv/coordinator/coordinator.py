@@ -12,7 +12,7 @@ from pipelive_kv.coordinator.ending import ABORT_TIMEOUT
 from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.options import MigrationOptions
-from pipelive_kv.coordinator.reconfiguration import Reconfiguration
+from pipelive_kv.coordinator.reconfiguration import DryRunEnd, Reconfiguration
 from pipelive_kv.coordinator.recovery import Recovery, Survey, survey
 from pipelive_kv.coordinator.report import Report
 from pipelive_kv.errors import (
@@ -190,6 +190,10 @@ class Coordinator:
             return
         try:
             run.until_decided()
+        except DryRunEnd as end:
+            job.report.dry_run = True
+            run.abort(end)
+            return
         except Exception as error:
             if not isinstance(error, PipeliveError):
                 _log.exception("a reconfiguration failed")

@@ -14,10 +14,12 @@ from pipelive_kv.messages import (
     Abort,
     AwaitSwitched,
     Commit,
+    DescribeScheduler,
     Done,
     Grow,
     RaiseCapacity,
     Release,
+    SchedulerInfo,
     Settle,
     Switched,
 )
@@ -88,6 +90,10 @@ class Ending:
             )
         )
         job.enter(Phase.RELEASING)
+        scheduler = self._insist(
+            lambda: to.scheduler(DescribeScheduler(), SchedulerInfo, _INSIST_EVERY)
+        )
+        report.decision_wait_s = scheduler.switch_hold_s
         self._insist(
             lambda: to.all(lambda _: Release(self.epoch, _INSIST_EVERY - 1), Done, _INSIST_EVERY)
         )
@@ -121,7 +127,8 @@ class Ending:
     def abort(self, error: PipeliveError) -> None:
         """Take back what was done, unless the record says that it is committed."""
         job = self._job
-        job.fail(self.explained(error))
+        if not self._report.dry_run:
+            job.fail(self.explained(error))
         job.enter(Phase.ABORTING)
         decision = self._record.decide(Decision(self.epoch, "abort", reason=str(error)))
         job.course.recorded = decision.outcome

@@ -29,6 +29,7 @@ class Job:
         self._ends_at = time.monotonic() + timeout
         self._on_phase = on_phase
         self._cancelled = False
+        self._proceed = False
         self._error: PipeliveError | None = None
         self._report: Report | None = None
 
@@ -60,6 +61,12 @@ class Job:
             self._cancelled = True
             self._lock.notify_all()
 
+    def proceed(self) -> None:
+        """Let one that was begun with ``pause`` be decided, now or as soon as it is armed."""
+        with self._lock:
+            self._proceed = True
+            self._lock.notify_all()
+
     def wait(self, timeout: float | None = None) -> Report:
         """Wait for the end.
 
@@ -82,6 +89,12 @@ class Job:
             if self._report is None:
                 raise CancelledError("the job has no report")
             return self._report
+
+    def await_proceed(self) -> None:
+        """Wait for :meth:`proceed`; raises as :meth:`rest` does."""
+        with self._lock:
+            while not self._proceed:
+                self._lock.wait(self.rest())
 
     # -- for the coordinator -----------------------------------------------------------------------
 

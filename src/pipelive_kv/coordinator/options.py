@@ -22,22 +22,33 @@ class MigrationOptions:
             WeightSource, ``peer`` takes them from the stage that runs the layers.
         max_stop_ms: the switchover is made once the predicted stop time is at most this.
         max_rounds: give up where that takes more rounds of patches.
+        max_seconds: give up where the rounds take longer; 0 for the deadline of the whole.
+        min_throttle: where two rounds in a row bring no gain, the engine is asked to keep to half
+            of its tokens per step, then to a quarter, down to this share; 1 never asks. See
+            Scheduler.throttle.
         rate_limit: bytes of KV per second while tokens are generated, 0 for no limit.
         verify: compare checksums of all moved slots before the gained layers run; this lengthens
             the stop time by the time it takes to read them.
         margin: the switchover is this many steps ahead when it is decided, so that the record is
             written while steps go on.
         keep_capacity: do not raise the capacity after the switchover above what it was before.
+        pause: wait, armed, for Job.proceed before the switchover is decided; patches go on.
+        dry_run: do everything but the switchover, and take it back. The job ends as aborted, its
+            report is complete up to the vote, and waiting for it raises nothing.
     """
 
     mode: Mode = "live"
     weights_from: WeightsFrom = "source"
     max_stop_ms: float = 10.0
     max_rounds: int = 100
+    max_seconds: float = 0.0
+    min_throttle: float = 0.125
     rate_limit: float = 0.0
     verify: bool = False
     margin: int = 2
     keep_capacity: bool = False
+    pause: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("live", "stop_and_copy"):
@@ -50,6 +61,12 @@ class MigrationOptions:
             raise InvalidArgumentError(f"max_stop_ms is {self.max_stop_ms}, expected above 0")
         if self.max_rounds < 1:
             raise InvalidArgumentError(f"max_rounds is {self.max_rounds}, expected 1 or more")
+        if self.max_seconds < 0:
+            raise InvalidArgumentError(f"max_seconds is {self.max_seconds}, expected 0 or more")
+        if not 0 < self.min_throttle <= 1:
+            raise InvalidArgumentError(
+                f"min_throttle is {self.min_throttle}, expected above 0, up to 1"
+            )
         if self.rate_limit < 0:
             raise InvalidArgumentError(f"rate_limit is {self.rate_limit}, expected 0 or more")
         if self.margin < 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 from pipelive_kv.coordinator.ending import Ending
 from pipelive_kv.coordinator.fanout import Fanout
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.options import MigrationOptions
 from pipelive_kv.coordinator.report import Report
-from pipelive_kv.errors import OverBudgetError, ProtocolError
+from pipelive_kv.errors import CancelledError, OverBudgetError, ProtocolError
 from pipelive_kv.messages import (
     Admit,
     Admitted,
@@ -30,12 +33,17 @@ from pipelive_kv.messages import (
     Resized,
     Shrink,
     StartCopy,
+    Throttle,
 )
 from pipelive_kv.protocol import Phase
 from pipelive_kv.record import Decision, DecisionRecord
 
 _DECIDE_WITHIN = 10.0
 """Seconds that the scheduler waits at k for word of the decision, while the coordinator lives."""
+
+
+class DryRunEnd(CancelledError):  # noqa: N818 - it is no error
+    """All has been tried but the switchover."""
 
 
 class Reconfiguration(Ending):
@@ -62,6 +70,8 @@ class Reconfiguration(Ending):
             self._stage()
             self._patch()
             self._arm()
+            if self._options.dry_run:
+                raise DryRunEnd("a dry run ends here")
             self._decide()
 
     # admitted: the budget rule, and the shrink that makes room
@@ -147,9 +157,29 @@ class Reconfiguration(Ending):
     # patching: rounds until the predicted stop time is small
 
     def _patch(self) -> None:
-        job = self._job
+        job, options, report = self._job, self._options, self._report
         job.enter(Phase.PATCHING)
-        self._to.all(lambda _: AwaitConverged(self.epoch, job.rest()), Converged, job.rest())
+        end = time.monotonic() + (options.max_seconds or math.inf)
+        while True:
+            found = self._await_converged(end)
+            if not any(answer.stalled for answer in found):
+                report.converged = found
+                return
+            self._throttle()
+
+    def _await_converged(self, end: float) -> tuple[Converged, ...]:
+        limit = min(self._job.rest(), max(0.0, end - time.monotonic()))
+        return self._to.all(
+            lambda _: AwaitConverged(self.epoch, limit), Converged, self._job.rest()
+        )
+
+    def _throttle(self) -> None:
+        """The steps write as fast as their writes can be sent: the engine is asked for less."""
+        share = max(self._options.min_throttle, self._report.throttle / 2)
+        if share < self._report.throttle and self._options.mode == "live":
+            request = Throttle(self.epoch, share, self._job.rest())
+            self._to.scheduler(request, Done, self._job.rest())
+            self._report.throttle = share
 
     # armed: every stage has voted
 
@@ -157,6 +187,8 @@ class Reconfiguration(Ending):
         job = self._job
         job.enter(Phase.ARMED)
         self._to.all(lambda _: Arm(self.epoch, job.rest()), Done, job.rest())
+        if self._options.pause:
+            job.await_proceed()
 
     def _decide(self) -> None:
         to, job, options = self._to, self._job, self._options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipelive_kv.messages import RoundRecord, Switched
+from pipelive_kv.messages import Converged, RoundRecord, Switched
 from pipelive_kv.placement import Move, Placement
 from pipelive_kv.protocol import Phase
 
@@ -16,6 +16,40 @@ class PhaseSpan:
     phase: Phase
     start_ns: int
     end_ns: int
+
+
+@dataclass(frozen=True)
+class PredictedStop:
+    """The parts of a predicted stop time, in seconds."""
+
+    fixed_s: float
+    """One message there, its acknowledgement back, and the switch."""
+    bytes_s: float
+    """The pending bytes at the bandwidth of the rounds before."""
+    records_s: float
+    """What the pending records cost beyond their bytes."""
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.fixed_s + self.bytes_s + self.records_s
+
+
+@dataclass(frozen=True)
+class ActualStop:
+    """The parts of a stop time as measured inside, in seconds, on the stage that stopped most."""
+
+    decision_s: float
+    """The scheduler's wait at the switchover for word of the decision; 0 where it came before."""
+    activate_s: float
+    """The engine's own switch."""
+    gate_s: float
+    """Waits for the KV of gained layers, over all steps that had to."""
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.decision_s + self.activate_s + self.gate_s
 
 
 @dataclass
@@ -35,6 +69,12 @@ class Report:
     blocks_moved: int = 0
     """Live blocks that were copied to lower ids so that the capacity could shrink."""
     stages: tuple[Switched, ...] = ()
+    converged: tuple[Converged, ...] = ()
+    """What each stage predicted when it converged; zeros where a stage is no source."""
+    decision_wait_s: float = 0.0
+    throttle: float = 1.0
+    """The smallest share of its tokens that the engine was asked to keep to."""
+    dry_run: bool = False
     reason: str = ""
     """Why it was aborted."""
 
@@ -47,6 +87,23 @@ class Report:
     def predicted_stop_s(self) -> float:
         """The longest stop time that a source predicted when it converged."""
         return max((s.predicted_stop_ms for s in self.stages), default=0.0) / 1e3
+
+    @property
+    def predicted_stop(self) -> PredictedStop:
+        """The longest prediction of any source, in its parts."""
+        longest = max(
+            self.converged, key=lambda c: c.predicted_stop_ms, default=Converged(0.0, 0, 0)
+        )
+        return PredictedStop(
+            longest.fixed_ms / 1e3, longest.bytes_ms / 1e3, longest.records_ms / 1e3
+        )
+
+    @property
+    def actual_stop(self) -> ActualStop:
+        """The stop time as it was, in its parts; :attr:`stop_s` is it without the decision."""
+        found = [(s.activate_s, s.gate_s) for s in self.stages]
+        activate, gate = max(found, key=sum, default=(0.0, 0.0))
+        return ActualStop(self.decision_wait_s, activate, gate)
 
     @property
     def rounds(self) -> tuple[RoundRecord, ...]:

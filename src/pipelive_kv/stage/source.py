@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -32,6 +33,13 @@ class Outgoing:
     transport: str
 
 
+_GAIN = 0.9
+"""A round brings a gain where it lowers the predicted stop time to this part of the lowest one."""
+
+_ROUNDS_WITHOUT_GAIN = 2
+"""So many rounds without a gain in a row, and the steps write as fast as can be sent."""
+
+
 @dataclass
 class _Shared:
     """What the engine's thread, the control plane's and the patch thread share."""
@@ -42,6 +50,10 @@ class _Shared:
     applied: int = -1
     stopping: bool = False
     converged: Converged | None = None
+    predicted: Converged | None = None
+    """The last prediction."""
+    lowest_ms: float = math.inf
+    without_gain: int = 0
     error: PipeliveError | None = None
     rounds: list[RoundRecord] = field(default_factory=list)
     tail_done: bool = False
@@ -79,6 +91,7 @@ class SourceSession:
         self._predictor = StopPredictor()
         self._sent: list[Ranges] = []
         self._thread: threading.Thread | None = None
+        self._max_stop_ms = math.inf
         self.verified_slots = 0
         # Everything written up to here lies in blocks that are live when the bulk starts, or in
         # blocks that are not; what is written later is in the log. So the log starts empty.
@@ -96,9 +109,10 @@ class SourceSession:
     ) -> None:
         """Start the patch thread with the live blocks, given as (first, count) runs of ids."""
         ranges = np.array(live, dtype=np.uint64).reshape(-1, 2) * np.uint64(self._block_size)
+        self._max_stop_ms = max_stop_ms
         self._thread = threading.Thread(
             target=self._run,
-            args=(ranges, max_stop_ms, max_rounds, weights),
+            args=(ranges, max_rounds, weights),
             name=f"pipelive-patch-{self.epoch}",
             daemon=True,
         )
@@ -126,12 +140,42 @@ class SourceSession:
             self._lock.notify_all()
 
     def await_converged(self, timeout: float) -> Converged:
-        """Wait until the predicted stop time is below the limit; raises what the thread raised."""
-        self._wait(lambda: self._shared.converged is not None, timeout, "to converge")
-        found = self._shared.converged
+        """Wait until the predicted stop time is below the limit; raises what the thread raised.
+
+        Returns as well, saying so, where the rounds bring no gain any more; then the steps should
+        write less before it is called again.
+        """
+
+        def ready() -> bool:
+            return self._shared.converged is not None or self._is_stalled()
+
+        try:
+            self._wait(ready, timeout, "to converge")
+        except DeadlineError as error:
+            if self._shared.error is not None:
+                raise
+            raise DeadlineError(f"{error}; {self._prospect()}") from None
+        with self._lock:
+            if self._shared.converged is not None:
+                return self._shared.converged
+            if self._shared.predicted is None:
+                raise CancelledError("the migration was cancelled")
+            # The next rounds are compared with this one, not with one of before the throttle.
+            self._shared.without_gain = 0
+            self._shared.lowest_ms = self._shared.predicted.predicted_stop_ms
+            return msgspec.structs.replace(self._shared.predicted, stalled=True)
+
+    def _is_stalled(self) -> bool:
+        return self._shared.without_gain >= _ROUNDS_WITHOUT_GAIN
+
+    def _prospect(self) -> str:
+        found = self._shared.predicted
         if found is None:
-            raise CancelledError("the migration was cancelled")
-        return found
+            return "the bulk of the KV is still on its way"
+        return (
+            f"after {found.rounds} rounds the predicted stop time is "
+            f"{found.predicted_stop_ms:.1f} ms, the limit {self._max_stop_ms:g} ms"
+        )
 
     def await_tail(self, timeout: float) -> None:
         """Wait until every write of the old placement is applied at the targets."""
@@ -189,7 +233,6 @@ class SourceSession:
     def _run(
         self,
         live: Ranges,
-        max_stop_ms: float,
         max_rounds: int,
         weights: Callable[[Outgoing], None] | None,
     ) -> None:
@@ -198,7 +241,7 @@ class SourceSession:
                 for move in self.outgoing:
                     weights(move)
             self._round(0, self._start_seq, live)
-            self._patch(max_stop_ms, max_rounds)
+            self._patch(max_rounds)
             self._finish()
         except PipeliveError as error:
             self._end(error)
@@ -209,7 +252,7 @@ class SourceSession:
             for move in self.outgoing:
                 move.sender.channel.close()
 
-    def _patch(self, max_stop_ms: float, max_rounds: int) -> None:
+    def _patch(self, max_rounds: int) -> None:
         number, sent_through = 1, self._start_seq
         while True:
             with self._lock:
@@ -220,12 +263,12 @@ class SourceSession:
                     return
             collected = self._tracker.collect()
             if collected.through_seq <= sent_through and not collected.num_slots:
-                self._converge(0, number, max_stop_ms, max_rounds)
+                self._converge(0, number, max_rounds)
                 self._await_work(sent_through)
                 continue
             self._round(number, collected.through_seq, collected.ranges)
             sent_through = collected.through_seq
-            self._converge(self._tracker.pending_slots, number, max_stop_ms, max_rounds)
+            self._converge(self._tracker.pending_slots, number, max_rounds, after_round=True)
             number += 1
 
     def _round(self, number: int, through: int, ranges: Ranges) -> None:
@@ -260,21 +303,46 @@ class SourceSession:
                 )
             )
 
-    def _converge(self, pending: int, number: int, max_stop_ms: float, max_rounds: int) -> None:
-        if self._shared.converged is not None:
-            return
+    def _predict(self, pending: int, number: int) -> Converged:
+        """What it would take to send ``pending`` slots now, in parts."""
         rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
-        predicted = 1e3 * self._predictor.predict(bytes=pending * rows, records=max(1, pending))
+        records = max(1, pending)
+        fixed = 1e3 * self._predictor.predict(bytes=0, records=0)
+        with_bytes = 1e3 * self._predictor.predict(bytes=pending * rows, records=0)
+        total = 1e3 * self._predictor.predict(bytes=pending * rows, records=records)
+        return Converged(
+            predicted_stop_ms=total,
+            rounds=number,
+            lag_steps=max(0, self._shared.sealed - self._shared.applied),
+            fixed_ms=fixed,
+            bytes_ms=with_bytes - fixed,
+            records_ms=total - with_bytes,
+        )
+
+    def _converge(
+        self, pending: int, number: int, max_rounds: int, *, after_round: bool = False
+    ) -> None:
         with self._lock:
-            if predicted <= max_stop_ms:
-                lag = max(0, self._shared.sealed - self._shared.applied)
-                self._shared.converged = Converged(predicted, number, lag)
-                self._lock.notify_all()
-            elif number >= max_rounds:
-                raise DeadlineError(
-                    f"patching did not converge in {max_rounds} rounds: the predicted stop time is "
-                    f"{predicted:.1f} ms, the limit {max_stop_ms:g} ms"
+            shared = self._shared
+            found = self._predict(pending, number)
+            if after_round and shared.rounds:
+                shared.rounds[-1] = msgspec.structs.replace(
+                    shared.rounds[-1], predicted_stop_ms=found.predicted_stop_ms
                 )
+            if shared.converged is not None:
+                return
+            shared.predicted = found
+            if found.predicted_stop_ms <= self._max_stop_ms:
+                shared.converged = found
+            elif after_round:
+                gained = found.predicted_stop_ms <= _GAIN * shared.lowest_ms
+                shared.without_gain = 0 if gained else shared.without_gain + 1
+                shared.lowest_ms = min(shared.lowest_ms, found.predicted_stop_ms)
+                if number >= max_rounds:
+                    raise DeadlineError(
+                        f"patching did not converge in {max_rounds} rounds: {self._prospect()}"
+                    )
+            self._lock.notify_all()
 
     def _await_work(self, sent_through: int) -> None:
         with self._lock:

@@ -6,8 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from pipelive_kv.control import ControlClient, ControlEndpoint
 from pipelive_kv.errors import (
@@ -36,6 +34,7 @@ from pipelive_kv.messages import (
     Settle,
     Shrink,
     Stamp,
+    Throttle,
 )
 from pipelive_kv.placement import Placement
 from pipelive_kv.protocol import (
@@ -49,85 +48,12 @@ from pipelive_kv.protocol import (
     event_of,
 )
 from pipelive_kv.record import Decision, DecisionRecord, FileDecisionRecord
+from pipelive_kv.scheduler.state import BlockOwner, ShrinkRequest, State, Switch, runs_of
 
 _log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 0.02
 """Seconds between two looks into the record while the switchover waits for word of its outcome."""
-
-
-class BlockOwner(Protocol):
-    """What the scheduler needs of whoever owns the block ids; ``BlockAllocator`` is one."""
-
-    @property
-    def capacity(self) -> int:
-        """Ids below this number may be handed out."""
-
-    def live(self) -> list[int]:
-        """The ids whose content matters, ascending, cached and unreferenced ones included."""
-
-    def release(self, ids: list[int], after_seq: int | None = None) -> None:
-        """Take ids back; they are handed out again once step ``after_seq`` has retired."""
-
-    def retire(self, seq: int) -> None:
-        """Steps up to ``seq`` have left every stage."""
-
-    def raise_capacity(self, capacity: int) -> None:
-        """Hand out ids below ``capacity``."""
-
-    def plan_shrink(self, capacity: int) -> dict[int, int]:
-        """The moves {old: new} that empty the ids from ``capacity`` on."""
-
-    def apply_shrink(
-        self, capacity: int, moves: dict[int, int], after_seq: int | None = None
-    ) -> None:
-        """Carry out what was planned; the old ids are free once step ``after_seq`` has retired."""
-
-    def cancel_shrink(self) -> None:
-        """Forget what was planned; without a plan nothing happens."""
-
-
-@dataclass
-class _ShrinkRequest:
-    epoch: int
-    capacity: int
-    ends_at: float
-    outcome: Resized | PipeliveError | None = None
-
-
-@dataclass
-class _Switch:
-    epoch: int
-    placement: Placement
-    step: int
-    record: DecisionRecord
-    ends_at: float
-
-
-@dataclass
-class _State:
-    """All that changes; guarded by the scheduler's lock."""
-
-    protocol: SchedulerState = SCHEDULER.start
-    next_seq: int = 0
-    retired: int = -1
-    epoch: int = 0
-    newest_epoch: int = 0
-    aborted: int = -1
-    resize: int = 0
-    moves: tuple[tuple[int, int], ...] = ()
-    shrink: _ShrinkRequest | None = None
-    shrunk_for: int = -1
-    """The epoch that the capacity was lowered for, as long as it may have to be raised again."""
-    capacity_before: int = -1
-    switch: _Switch | None = None
-    held_by: int | None = None
-    held_until: float = 0.0
-    hold_s: float = 0.0
-    closed: bool = False
-    remap: list[Callable[[Mapping[int, int]], None]] = field(default_factory=list)
-    capacity: list[Callable[[int], None]] = field(default_factory=list)
-    wake: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -165,7 +91,7 @@ class Scheduler:
         self._allocator = allocator
         self._placement = placement
         self._lock = threading.Condition()
-        self._state = _State()
+        self._state = State()
         self._client = (
             ControlClient(control, "scheduler", self._handle, self._on_lost)
             if control is not None
@@ -213,12 +139,23 @@ class Scheduler:
         """
         self._state.capacity.append(callback)
 
-    def on_wants_step(self, callback: Callable[[], None]) -> None:
-        """Have ``callback()`` called when :attr:`wants_step` becomes true: wake an idle engine.
+    def on_throttle(self, callback: Callable[[float], None]) -> None:
+        """Have ``callback(share)`` called where the engine is asked to write less, or as before.
 
-        It runs in a thread of the control plane and must neither wait nor raise.
+        It runs in :meth:`stamp` or in a thread of the control plane; see :attr:`throttle`.
         """
-        self._state.wake.append(callback)
+        self._state.throttle.append(callback)
+
+    @property
+    def throttle(self) -> float:
+        """The share, above 0, of its tokens per step that the engine is asked to keep to.
+
+        Below 1 while a reconfiguration does not converge since steps write as fast as their writes
+        can be sent, 1 as soon as it is over in whatever way. An engine that keeps to it, for
+        instance by shorter chunks of prefill, lets the reconfiguration come to its end; one that
+        does not need not.
+        """
+        return self._state.share
 
     def stamp(self) -> Stamp:
         """The next step's stamp.
@@ -234,6 +171,8 @@ class Scheduler:
             state = self._state
             if state.closed:
                 raise ClosedError("Scheduler.stamp: the scheduler is closed")
+            if state.share < 1 and (time.monotonic() > state.throttled_until or self._is_alone()):
+                self._set_share(1.0)
             self._wait_while_held()
             self._try_shrink()
             self._pass_switchover()
@@ -276,6 +215,7 @@ class Scheduler:
         """Leave the control plane. May be called twice."""
         with self._lock:
             self._state.closed = True
+            self._set_share(1.0)
             self._lock.notify_all()
         if self._client is not None:
             self._client.close()
@@ -303,12 +243,19 @@ class Scheduler:
             self._lock.wait(rest)
         state.hold_s += time.monotonic() - start
 
+    def _set_share(self, share: float) -> None:
+        if share != self._state.share:
+            self._state.share = share
+            for callback in self._state.throttle:
+                callback(share)
+
     def _is_alone(self) -> bool:
         """Whether the coordinator has gone, so that nobody will say what was decided."""
         return self._client is not None and not self._client.connected
 
     def _on_lost(self) -> None:
         with self._lock:
+            self._set_share(1.0)
             self._lock.notify_all()
 
     def _after_seq(self) -> int | None:
@@ -359,6 +306,7 @@ class Scheduler:
             elif not self._lock.wait(min(rest, _LOOK_EVERY)):
                 self._look_up(state.switch)
         state.hold_s += time.monotonic() - start
+        state.switch_hold_s = time.monotonic() - start
         switch = state.switch
         if switch is not None:
             self._take(STAMP_K, switch.epoch)
@@ -367,13 +315,13 @@ class Scheduler:
             self._placement = switch.placement
             state.switch = None
 
-    def _look_up(self, switch: _Switch) -> None:
+    def _look_up(self, switch: Switch) -> None:
         """Word may be late, or lost: what is recorded holds all the same."""
         found = switch.record.read(switch.epoch)
         if found is not None:
             self._obey(found)
 
-    def _ask_record(self, switch: _Switch) -> None:
+    def _ask_record(self, switch: Switch) -> None:
         """Nobody told the outcome in time: whoever writes the record first has decided."""
         decision = switch.record.decide(
             Decision(switch.epoch, "abort", reason="the scheduler reached the step without word")
@@ -381,6 +329,7 @@ class Scheduler:
         self._obey(decision)
 
     def _obey(self, decision: Decision) -> None:
+        self._set_share(1.0)
         if decision.outcome == "commit":
             self._take(RECORD_COMMIT, decision.epoch)
         else:
@@ -400,6 +349,8 @@ class Scheduler:
             return self._list_live()
         if isinstance(request, Hold):
             return self._hold(request)
+        if isinstance(request, Throttle):
+            return self._throttle(request)
         if isinstance(request, Propose):
             return self._propose(request)
         if isinstance(request, Settle):
@@ -420,6 +371,7 @@ class Scheduler:
                 resize=state.resize,
                 pending=self._pending(),
                 capacity_before=state.capacity_before,
+                switch_hold_s=state.switch_hold_s,
             )
 
     def _pending(self) -> int:
@@ -439,7 +391,7 @@ class Scheduler:
             if state.shrink is not None:
                 raise BusyError("Shrink: another shrink waits for a step")
             ends_at = time.monotonic() + request.timeout
-            pending = _ShrinkRequest(request.epoch, request.capacity, ends_at)
+            pending = ShrinkRequest(request.epoch, request.capacity, ends_at)
             state.shrink = pending
             self._wake()
             while pending.outcome is None and not state.closed:
@@ -482,6 +434,15 @@ class Scheduler:
             state.held_until = time.monotonic() + request.timeout
             return Held(state.next_seq - 1)
 
+    def _throttle(self, request: Throttle) -> Done:
+        if not 0 < request.share <= 1:
+            raise InvalidArgumentError(f"share is {request.share}, expected above 0, up to 1")
+        with self._lock:
+            self._take("Throttle", request.epoch)
+            self._state.throttled_until = time.monotonic() + request.timeout
+            self._set_share(request.share)
+        return Done()
+
     def _propose(self, request: Propose) -> Proposed:
         placement = Placement(request.stages)
         with self._lock:
@@ -490,7 +451,7 @@ class Scheduler:
             self._take("Propose", request.epoch)
             if state.switch is None:
                 state.newest_epoch = request.epoch
-                state.switch = _Switch(
+                state.switch = Switch(
                     epoch=request.epoch,
                     placement=placement,
                     step=state.next_seq + margin,
@@ -507,6 +468,7 @@ class Scheduler:
     def _settle(self, request: Settle) -> Done:
         with self._lock:
             self._take(event_of(request), request.epoch)
+            self._set_share(1.0)
             if request.commit:
                 self._release_hold(request.epoch)
             else:
@@ -529,14 +491,3 @@ class Scheduler:
             self._end_shrink(CancelledError(f"epoch {epoch} was given up"))
         state.aborted = max(state.aborted, epoch)
         state.newest_epoch = max(state.newest_epoch, epoch)
-
-
-def runs_of(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending ids as (first, count) runs."""
-    runs: list[tuple[int, int]] = []
-    for block in ids:
-        if runs and runs[-1][0] + runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((block, 1))
-    return tuple(runs)
