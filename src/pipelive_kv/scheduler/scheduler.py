@@ -139,6 +139,13 @@ class Scheduler:
         """
         self._state.capacity.append(callback)
 
+    def on_wants_step(self, callback: Callable[[], None]) -> None:
+        """Have ``callback()`` called when :attr:`wants_step` becomes true: wake an idle engine.
+
+        It runs in a thread of the control plane and must neither wait nor raise.
+        """
+        self._state.wake.append(callback)
+
     def on_throttle(self, callback: Callable[[float], None]) -> None:
         """Have ``callback(share)`` called where the engine is asked to write less, or as before.
 
