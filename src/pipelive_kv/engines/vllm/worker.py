@@ -19,6 +19,8 @@ from pipelive_kv.stage import Stage, Step
 
 __all__ = ["LayerFactory", "WorkerState", "memory_of", "start_stage"]
 
+_PAGE_BYTES = 2 << 20
+
 STAMP = "pipelive_stamp"
 """The attribute of vLLM's SchedulerOutput that carries a step's stamp."""
 
@@ -52,15 +54,17 @@ class WorkerState:
         )
         weights = sum(self.layers.layer_bytes(layer) for layer in held)
         budget = options.budget_bytes or (
-            weights + bytes_needed(kv_spec, held, blocks, num_layers=total)
+            weights + bytes_needed(kv_spec, held, blocks, num_layers=total, page_bytes=_PAGE_BYTES)
         )
+        # Whole pages, or the KV that vLLM starts with would not quite fit beside the weights.
+        budget = -(-budget // _PAGE_BYTES) * _PAGE_BYTES
         self.pool = KVPool(
             kv_spec,
             num_layers=total,
             layers=held,
             max_blocks=max(blocks, options.max_blocks or 4 * blocks),
             capacity=blocks,
-            page_pool=PagePool(budget),
+            page_pool=PagePool(budget, page_bytes=_PAGE_BYTES),
         )
         self._views: dict[int, Any] = {}
         self._stage: Stage | None = None
