@@ -26,6 +26,7 @@ export PYTHON HYPOTHESIS_PROFILE
 # Compilations are found in the cache again in another clone of the repository.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
+export CCACHE_SLOPPINESS := pch_defines,time_macros
 CCACHE := $(shell command -v ccache 2>/dev/null)
 LAUNCHER := $(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=$(CCACHE))
 
@@ -39,7 +40,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda wheel-check clean
+.PHONY: help setup build test test-cpp test-py demo bench figures lint format tsan asan cuda mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,7 +94,7 @@ tsan: setup  ## Run the C++ tests under ThreadSanitizer (build/tsan)
 	@$(CONFIGURE) -B build/tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=thread
 	@setarch -R $(COMPILE) build/tsan -j $(JOBS)
-	@TSAN_OPTIONS=halt_on_error=1 setarch -R $(CTEST) --test-dir build/tsan
+	@TSAN_OPTIONS="halt_on_error=1 suppressions=$(CURDIR)/cpp/tests/tsan.supp" setarch -R $(CTEST) --test-dir build/tsan
 
 asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitizers (build/asan)
 	@$(CONFIGURE) -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
@@ -106,6 +107,9 @@ cuda: setup  ## Compile the CUDA part for all architectures (needs nvcc; build/c
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=ON
 	@$(COMPILE) build/cuda -j $(JOBS) --target cuda_tests
 	@$(CTEST) --test-dir build/cuda/cuda
+
+mutants: setup  ## Break one rule at a time and see a test fail; MUTANTS_ARGS="gate record" chooses
+	@$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
 
 wheel-check:  ## Install the package into a fresh environment, as a user would, and use it there
 	@scripts/wheel_check.sh

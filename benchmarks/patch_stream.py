@@ -7,6 +7,7 @@ thread, and one streams memory of its own to the other, with the sender and rece
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import secrets
@@ -50,7 +51,8 @@ def _receive(address: str, key: bytes, transport: str) -> None:
     with _memory() as pool, PatchListener(transport, key=key) as listener:
         with Client(address, authkey=key) as driver:
             driver.send_bytes(json.dumps({"target": listener.address}).encode())
-        with listener.accept(DAY) as channel:
+        # The source does not finish, it goes.
+        with listener.accept(DAY) as channel, contextlib.suppress(pk.ClosedError):
             PatchReceiver(channel, SPEC, {0: pool.layer(0)}, epoch=1).run(DAY)
 
 

@@ -116,10 +116,10 @@ def _slope(points: list[tuple[float, float]]) -> float:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--model", default="smollm2", help='"smollm2", "tiny" or a folder')
-    made.add_argument("--caps", type=float, nargs="+", default=[50, 100, 250, 500, 1000],
+    made.add_argument("--caps", type=float, nargs="+", default=[100, 300, 600, 1000],
                       help="MB/s; a pause and no cap come in addition")  # fmt: skip
-    made.add_argument("--repetitions", type=int, default=6)
-    made.add_argument("--steps", type=int, default=40, help="of a window")
+    made.add_argument("--repetitions", type=int, default=5)
+    made.add_argument("--steps", type=int, default=24, help="of a window")
     made.add_argument("--settle", type=int, default=6, help="steps between windows")
     made.add_argument("--batch", type=int, default=4, help="requests per lane; there are two lanes")
     made.add_argument("--tokens", type=int, default=384, help="new tokens of each request")

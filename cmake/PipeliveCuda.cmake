@@ -95,7 +95,7 @@ function(pipelive_embed_kernels target)
       set(fatbin "${CMAKE_CURRENT_BINARY_DIR}/${name}.fatbin")
       add_custom_command(
         OUTPUT "${fatbin}"
-        COMMAND "${PIPELIVE_NVCC}" -std=c++17 -O3 -fatbin ${_pipelive_gencode}
+        COMMAND "${PIPELIVE_NVCC}" -std=c++17 -O3 -fatbin -Xfatbin=-compress-all ${_pipelive_gencode}
                 "-I${CMAKE_CURRENT_SOURCE_DIR}/include" -MD -MF "${fatbin}.d" -MT "${fatbin}"
                 -o "${fatbin}" "${source}"
         DEPENDS "${source}"
@@ -118,6 +118,37 @@ function(pipelive_embed_kernels target)
       math(EXPR count "${count} + 1")
     endforeach()
   endif()
+  # The sources as well, for NVRTC to compile at run time where the fatbins do not suit a device or
+  # are missing: every .cu, and what one may include.
+  file(GLOB included CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/src/*.cuh"
+       "${CMAKE_CURRENT_SOURCE_DIR}/src/*.inl")
+  file(GLOB headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/include/pipelive/cuda/*.hpp")
+  foreach(header IN LISTS headers)
+    file(STRINGS "${header}" device_functions REGEX "PIPELIVE_HD" LIMIT_COUNT 1)
+    if(device_functions)
+      list(APPEND included "${header}")
+    endif()
+  endforeach()
+  set(source_entries "")
+  set(source_count 0)
+  foreach(source IN LISTS ARGN included)
+    if(source MATCHES "/include/(.*)$")
+      set(name "${CMAKE_MATCH_1}")
+    else()
+      get_filename_component(name "${source}" NAME)
+    endif()
+    set(symbol "pipelive_kernel_source_${source_count}")
+    string(APPEND declarations
+      "__asm__(\".pushsection .rodata\\n\"\n"
+      "        \"${symbol}:\\n.incbin \\\"${source}\\\"\\n${symbol}_end:\\n.byte 0\\n"
+      ".popsection\\n\");\n"
+      "extern \"C\" __attribute__((visibility(\"hidden\"))) const char ${symbol}[];\n"
+      "extern \"C\" __attribute__((visibility(\"hidden\"))) const char ${symbol}_end[];\n")
+    string(APPEND source_entries
+      "    KernelSource{\"${name}\", {${symbol}, ${symbol}_end}},\n")
+    list(APPEND objects "${source}")
+    math(EXPR source_count "${source_count} + 1")
+  endforeach()
   set(archs "")
   list(LENGTH PIPELIVE_CUDA_ARCH_LIST arch_count)
   foreach(arch IN LISTS PIPELIVE_CUDA_ARCH_LIST)

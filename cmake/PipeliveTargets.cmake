@@ -16,6 +16,15 @@ if(PIPELIVE_SANITIZE)
   target_link_options(pipelive_flags INTERFACE -fsanitize=${PIPELIVE_SANITIZE})
 endif()
 
+# pipelive_precompile(TARGET HEADER...): headers that cost more to read than what includes them.
+function(pipelive_precompile target)
+  target_precompile_headers(${target} PRIVATE ${ARGN})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # Without this flag ccache cannot see what such a compilation read.
+    target_compile_options(${target} PRIVATE -fpch-preprocess)
+  endif()
+endfunction()
+
 # pipelive_layer(NAME DEPENDS ...): cpp/src/NAME/*.cpp as the static library pipelive_NAME. A layer
 # links only the layers it may know, so that a call upwards fails at link time.
 function(pipelive_layer name)
@@ -45,6 +54,10 @@ function(pipelive_layer name)
       target_include_directories(${name}_tests PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests")
       # What is tested is optimised; optimising the tests themselves would take most of a build.
       target_compile_options(${name}_tests PRIVATE -O1)
+      list(LENGTH tests num_tests)
+      if(num_tests GREATER 2)
+        pipelive_precompile(${name}_tests <gtest/gtest.h>)
+      endif()
       gtest_discover_tests(${name}_tests DISCOVERY_TIMEOUT 60)
     endif()
   endif()

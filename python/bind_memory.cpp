@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -62,6 +63,13 @@ TensorExport arena_tensor(const std::shared_ptr<Arena>& arena, std::size_t offse
   tensor.shape = std::move(shape);
   tensor.owner = arena;
   return tensor;
+}
+
+// The bytes of a contiguous host tensor of any type.
+std::span<std::byte> flat_bytes(const TensorView& view) {
+  view.require_cpu();
+  view.require_contiguous();
+  return {view.data(), view.num_bytes()};
 }
 
 void bind_tensor(py::module_& m) {
@@ -159,6 +167,25 @@ void bind_arena(py::module_& m) {
           py::arg("offset"), py::arg("nbytes"), Release())
       .def("unmap", &Arena::unmap, py::arg("offset"), py::arg("nbytes"), Release())
       .def("tensor", &arena_tensor, py::arg("offset"), py::arg("shape"), py::arg("dtype"))
+      .def(
+          "write",
+          [](Arena& arena, std::size_t offset, const py::handle& source) {
+            const TensorView view = TensorView::borrow(source, "source");
+            const std::span<std::byte> bytes = flat_bytes(view);
+            const py::gil_scoped_release release;
+            arena.write(offset, bytes);
+          },
+          py::arg("offset"), py::arg("source"))
+      .def(
+          "read",
+          [](const Arena& arena, std::size_t offset, const py::handle& target) {
+            const TensorView view = TensorView::borrow(target, "target");
+            view.require_writable();
+            const std::span<std::byte> bytes = flat_bytes(view);
+            const py::gil_scoped_release release;
+            arena.read(offset, bytes);
+          },
+          py::arg("offset"), py::arg("target"))
       .def(
           "export_page",
           [](const Arena& arena, std::size_t offset) {

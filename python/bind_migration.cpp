@@ -45,6 +45,24 @@ PatchLayers layers_of(const KVSpec& spec, const std::map<std::uint32_t, LayerVie
   return {spec, std::move(layers)};
 }
 
+// Payloads go straight from the channel's staging only where it lies on the layers' own device.
+void check_device(const Channel& channel, const std::map<std::uint32_t, LayerView>& views) {
+  const Device* const device = channel.bulk_device();
+  if (device == nullptr || views.empty()) return;
+  const LayerView& view = views.begin()->second;
+  if (device->info().kind == view.device_kind() && device->info().index != view.device_index()) {
+    throw Error(ErrorCode::invalid_argument, "the channel is for " + device->info().name +
+                                                 ", the layers lie on device " +
+                                                 std::to_string(view.device_index()));
+  }
+}
+
+DeviceKind where_of(const TensorView& view) {
+  if (view.on_cpu()) return DeviceKind::host;
+  if (view.device().type != dlpack::kCuda) view.require_cpu();
+  return DeviceKind::cuda;
+}
+
 // A contiguous uint64 array of shape [n, 2] is laid out as SlotRanges are.
 static_assert(sizeof(SlotRange) == 16);
 std::span<const SlotRange> ranges_of(const TensorView& view) {
@@ -143,6 +161,7 @@ void bind_sender(py::module_& m) {
       .def(py::init([](std::shared_ptr<Channel> channel, const KVSpec& spec,
                        const std::map<std::uint32_t, LayerView>& views, std::uint64_t epoch,
                        std::size_t max_message_bytes, double rate_limit, bool checksum) {
+             check_device(*channel, views);
              PatchSender::Options options;
              options.epoch = epoch;
              options.max_message_bytes = max_message_bytes;
@@ -189,10 +208,10 @@ void bind_sender(py::module_& m) {
           "send_region",
           [](PatchSender& sender, std::uint64_t id, const py::object& data, double timeout) {
             const TensorView view = TensorView::borrow(data, "data");
-            view.require_cpu();
+            const DeviceKind where = where_of(view);
             if (view.num_elements() != 0) view.require_contiguous();
             const py::gil_scoped_release release;
-            sender.send_region(id, {view.data(), view.num_bytes()}, deadline_of(timeout));
+            sender.send_region(id, {view.data(), view.num_bytes()}, deadline_of(timeout), where);
           },
           py::arg("region"), py::arg("data"), py::arg("timeout"))
       .def(
@@ -213,12 +232,13 @@ void bind_receiver(py::module_& m) {
              for (const auto& [id, object] : regions) {
                const std::string name = "regions[" + std::to_string(id) + "]";
                auto view = std::make_shared<TensorView>(TensorView::borrow(object, name.c_str()));
-               view->require_cpu();
+               const DeviceKind where = where_of(*view);
                if (view->num_elements() != 0) view->require_contiguous();
                view->require_writable();
                const std::span<std::byte> bytes(view->data(), view->num_bytes());
-               places.push_back({id, bytes, std::move(view)});
+               places.push_back({id, bytes, std::move(view), where});
              }
+             check_device(*channel, views);
              PatchReceiver::Options options;
              options.epoch = epoch;
              options.checksum = checksum;

@@ -1,12 +1,22 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings.hpp"
 #include "pipelive/base/error.hpp"
+#include "pipelive/cuda/device.hpp"
+#include "pipelive/cuda/device_turn.hpp"
+#include "pipelive/cuda/nccl_channel.hpp"
+#include "pipelive/cuda/scope.hpp"
+#include "pipelive/cuda/stream.hpp"
 #include "pipelive/transport/channel.hpp"
 #include "pipelive/transport/checksum.hpp"
+#include "pipelive/transport/peer_channel.hpp"
 #include "pipelive/transport/shm_channel.hpp"
 #include "pipelive/transport/tcp_channel.hpp"
 #include "tensor_view.hpp"
@@ -38,6 +48,176 @@ py::dict stats_of(const Channel& channel) {
   return dict;
 }
 
+// Where a device's copies run: a stream of their own, and a thread in its context.
+struct Lane {
+  Stream stream;
+  std::shared_ptr<const void> owner;
+};
+Lane lane_of(const std::shared_ptr<Device>& device) {
+  const auto cuda_device = std::dynamic_pointer_cast<cuda::CudaDevice>(device);
+  if (!cuda_device) return {};
+  const auto stream = std::make_shared<cuda::OwnStream>(cuda_device->context());
+  return {stream->stream(), stream};
+}
+
+std::shared_ptr<cuda::NcclIssuer> issuer_of(const std::shared_ptr<Device>& device) {
+  const auto cuda_device = std::dynamic_pointer_cast<cuda::CudaDevice>(device);
+  cuda::NcclIssuer::Enter enter;
+  if (cuda_device) {
+    enter = [cuda_device]() -> std::shared_ptr<void> {
+      return std::make_shared<cuda::CallScope>(*cuda_device->context());
+    };
+  }
+  return cuda::NcclIssuer::of(device->info().name, enter);
+}
+
+cuda::NcclUniqueId id_from(const py::bytes& bytes) {
+  const std::string text = bytes;
+  cuda::NcclUniqueId id{};
+  if (text.size() != sizeof id.internal) {
+    throw Error(ErrorCode::invalid_argument, "unique_id has " + std::to_string(text.size()) +
+                                                 " bytes, expected " +
+                                                 std::to_string(sizeof id.internal));
+  }
+  std::memcpy(id.internal, text.data(), text.size());
+  return id;
+}
+
+void bind_staging(py::module_& m) {
+  // The descriptor that export returns belongs to the caller.
+  py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
+      .def(py::init([](std::shared_ptr<Device> device, std::size_t piece_bytes,
+                       std::uint32_t pieces) {
+             return std::make_shared<Staging>(std::move(device), StagingShape{piece_bytes, pieces});
+           }),
+           py::arg("device"), py::arg("piece_bytes"), py::arg("pieces"), Release())
+      .def_property_readonly("piece_bytes", [](const Staging& s) { return s.shape().piece_bytes; })
+      .def_property_readonly("pieces", [](const Staging& s) { return s.shape().pieces; })
+      .def(
+          "piece",
+          [](const Staging& s, std::uint32_t index) {
+            if (index >= s.shape().pieces) {
+              throw Error(ErrorCode::invalid_argument, "piece is " + std::to_string(index) +
+                                                           ", there are " +
+                                                           std::to_string(s.shape().pieces));
+            }
+            return reinterpret_cast<std::uintptr_t>(s.piece(index));
+          },
+          py::arg("index"))
+      .def("export_memory", [](const Staging& staging) {
+        ExportedPages exported = staging.export_memory();
+        return py::make_tuple(exported.fd.release(), exported.offset, exported.bytes);
+      });
+  // The descriptor is taken over in any case.
+  py::class_<PeerStaging, std::shared_ptr<PeerStaging>>(m, "PeerStaging")
+      .def(py::init([](const std::shared_ptr<Device>& device, int fd, std::uint64_t offset,
+                       std::size_t nbytes, std::size_t piece_bytes, std::uint32_t pieces) {
+             const ExportedPages exported{UniqueFd(fd), offset, nbytes};
+             return std::make_shared<PeerStaging>(*device, exported,
+                                                  StagingShape{piece_bytes, pieces});
+           }),
+           py::arg("device"), py::arg("fd"), py::arg("offset"), py::arg("nbytes"),
+           py::arg("piece_bytes"), py::arg("pieces"), Release());
+  m.def(
+      "p2p_channel",
+      [](std::shared_ptr<Channel> base, const std::shared_ptr<Device>& device,
+         std::shared_ptr<Staging> own,
+         std::shared_ptr<PeerStaging> peer) -> std::shared_ptr<Channel> {
+        Lane lane = lane_of(device);
+        PeerChannel::Options options;
+        options.device = device;
+        options.stream = lane.stream;
+        options.stream_owner = std::move(lane.owner);
+        options.own = std::move(own);
+        options.peer = std::move(peer);
+        return std::make_shared<PeerChannel>(std::move(base), std::move(options));
+      },
+      py::arg("base"), py::arg("device"), py::arg("own"), py::arg("peer"), Release());
+}
+
+void bind_nccl(py::module_& m) {
+  using cuda::NcclComm;
+  m.def(
+      "nccl_probe",
+      [](const std::vector<std::string>& candidates) {
+        cuda::NcclProbe probe;
+        {
+          const py::gil_scoped_release release;
+          probe = cuda::probe_nccl(candidates);
+        }
+        return py::make_tuple(probe.version.value_or(0),
+                              probe.version ? cuda::nccl_version_text(*probe.version) : "",
+                              probe.path, probe.launch_order, probe.multi_rank_gpu, probe.problem);
+      },
+      py::arg("candidates"));
+  m.def(
+      "nccl_unique_id",
+      [](const std::vector<std::string>& candidates) {
+        cuda::NcclUniqueId id{};
+        {
+          const py::gil_scoped_release release;
+          id = cuda::Nccl::open(candidates)->unique_id();
+        }
+        return py::bytes(id.internal, sizeof id.internal);
+      },
+      py::arg("candidates"));
+  py::class_<NcclComm, std::shared_ptr<NcclComm>>(m, "NcclComm")
+      .def(py::init([](const std::vector<std::string>& candidates,
+                       const std::shared_ptr<Device>& device, const py::bytes& unique_id, int rank,
+                       int ranks, double timeout) {
+             const cuda::NcclUniqueId id = id_from(unique_id);
+             const py::gil_scoped_release release;
+             Lane lane = lane_of(device);
+             NcclComm::Place place;
+             place.nccl = cuda::Nccl::open(candidates);
+             place.issuer = issuer_of(device);
+             place.device = device;
+             place.stream = lane.stream;
+             place.stream_owner = std::move(lane.owner);
+             return std::make_shared<NcclComm>(std::move(place), id, rank, ranks,
+                                               deadline_of(timeout));
+           }),
+           py::arg("candidates"), py::arg("device"), py::arg("unique_id"), py::arg("rank"),
+           py::arg("ranks"), py::arg("timeout"))
+      .def(
+          "exchange",
+          [](NcclComm& comm, std::uintptr_t out, std::uintptr_t in, std::size_t nbytes, int peer,
+             double timeout) {
+            comm.exchange(reinterpret_cast<const std::byte*>(out), reinterpret_cast<std::byte*>(in),
+                          nbytes, peer, deadline_of(timeout));
+          },
+          py::arg("out"), py::arg("into"), py::arg("nbytes"), py::arg("peer"), py::arg("timeout"),
+          Release())
+      .def("abort", &NcclComm::abort, Release());
+  m.def(
+      "nccl_channel",
+      [](std::shared_ptr<Channel> base, std::shared_ptr<NcclComm> comm, std::size_t piece_bytes,
+         double transfer_limit) -> std::shared_ptr<Channel> {
+        cuda::NcclChannel::Options options;
+        options.turn = cuda::DeviceTurn::of(comm->device()->info().name);
+        options.comm = std::move(comm);
+        options.piece_bytes = piece_bytes;
+        options.transfer_limit =
+            std::chrono::nanoseconds(static_cast<long long>(transfer_limit * 1e9));
+        return std::make_shared<cuda::NcclChannel>(std::move(base), std::move(options));
+      },
+      py::arg("base"), py::arg("comm"), py::arg("piece_bytes"), py::arg("transfer_limit"),
+      Release());
+
+  py::class_<cuda::DeviceTurn, std::shared_ptr<cuda::DeviceTurn>>(m, "DeviceTurn")
+      .def(py::init([](const std::string& device) { return cuda::DeviceTurn::of(device); }),
+           py::arg("device"))
+      .def("try_take", &cuda::DeviceTurn::try_take, py::arg("holder"), Release())
+      .def(
+          "take",
+          [](cuda::DeviceTurn& turn, std::string holder, double timeout) {
+            turn.take(std::move(holder), deadline_of(timeout));
+          },
+          py::arg("holder"), py::arg("timeout"), Release())
+      .def("give", &cuda::DeviceTurn::give, Release())
+      .def_property_readonly("holder", &cuda::DeviceTurn::holder);
+}
+
 }  // namespace
 
 void bind_transport(py::module_& m) {
@@ -54,6 +234,24 @@ void bind_transport(py::module_& m) {
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
       .def_property_readonly("kind", [](const Channel& c) { return std::string(c.kind()); })
       .def_property_readonly("max_message_bytes", &Channel::max_message_bytes)
+      .def_property_readonly("max_bulk_bytes", &Channel::max_bulk_bytes)
+      // One message with a few bytes beside it, so that what is set up by the first use (NCCL's
+      // connections) is there before it matters. The one end sends, the other receives.
+      .def(
+          "warm_up",
+          [](Channel& channel, bool sends, double timeout) {
+            const Deadline deadline = deadline_of(timeout);
+            if (sends) {
+              constexpr std::size_t kBytes = 4096;
+              channel.acquire(1, deadline)[0] = std::byte{0};
+              static_cast<void>(channel.acquire_bulk(kBytes, deadline));
+              channel.submit(1, deadline, kBytes);
+            } else {
+              static_cast<void>(channel.receive(deadline));
+              channel.release();
+            }
+          },
+          py::arg("sends"), py::arg("timeout"), Release())
       .def("cancel", &Channel::cancel, Release())
       .def("close", &Channel::close, Release())
       .def("stats", &stats_of)
@@ -106,6 +304,29 @@ void bind_transport(py::module_& m) {
       [](std::size_t ring_bytes) { return ShmChannel::create_memory(ring_bytes).release(); },
       py::arg("ring_bytes"), Release());
   m.attr("SHM_RING_BYTES") = ShmChannel::kDefaultRingBytes;
+  m.attr("STAGING_PIECE_BYTES") = StagingShape{}.piece_bytes;
+  m.attr("STAGING_PIECES") = StagingShape{}.pieces;
+  bind_staging(m);
+  bind_nccl(m);
+  m.def(
+      "device_identity",
+      [](const std::shared_ptr<Device>& device) -> py::tuple {
+        // The same for all processes that use the same GPU, whatever number they give it.
+        const auto cuda_device = std::dynamic_pointer_cast<cuda::CudaDevice>(device);
+        if (!cuda_device) return py::make_tuple(device->info().name, std::string(), true);
+        cuda::Uuid uuid{};
+        cuda_device->driver().check(
+            cuda_device->driver().api().device_get_uuid(&uuid, cuda_device->context()->device()),
+            "cuDeviceGetUuid");
+        std::string text;
+        constexpr char kDigits[] = "0123456789abcdef";
+        for (const unsigned char byte : uuid.bytes) {
+          text += kDigits[byte >> 4];
+          text += kDigits[byte & 15];
+        }
+        return py::make_tuple(device->info().name, text, cuda_device->exportable());
+      },
+      py::arg("device"));
 }
 
 }  // namespace pipelive::bindings

@@ -18,7 +18,7 @@ PACKAGE = "pipelive_kv"
 # Bottom up. A module may import modules of its own line and of the lines above it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_core",),
-    ("build_info", "errors", "placement", "plan", "spec"),
+    ("build_info", "cuda_arrays", "errors", "placement", "plan", "spec"),
     (
         "attention",
         "blocks",
@@ -30,9 +30,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "transport",
         "weights",
     ),
-    ("control", "messages", "record"),
+    ("control", "messages", "protocol", "record"),
     ("coordinator", "scheduler", "stage"),
-    ("engines", "trace"),
+    ("doctor", "engines", "trace"),
     ("cli", "demo"),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -177,6 +177,25 @@ class CudaSlotCopier::Impl {
     return settled([&] { return sum(bytes, size, seed, deadline); });
   }
 
+  void copy(Packed out, ConstPacked in, Deadline deadline) {
+    if (out.bytes != in.bytes) {
+      throw Error(ErrorCode::invalid_argument, "copy of " + std::to_string(in.bytes) +
+                                                   " bytes to a place of " +
+                                                   std::to_string(out.bytes));
+    }
+    if (in.bytes == 0) return;
+    const CallScope scope(context());
+    settled([&] {
+      driver().check(driver().api().memcpy_async(reinterpret_cast<DevicePointer>(out.data),
+                                                 reinterpret_cast<DevicePointer>(in.data), in.bytes,
+                                                 stream_->handle()),
+                     "cuMemcpyAsync");
+      last_ = events_->record(stream_->handle());
+      await(last_, deadline, "copying bytes");
+      return true;
+    });
+  }
+
   void finish(Deadline deadline) { await(last_, deadline, "copying slots"); }
 
   void wait_for(EventHandle event) {
@@ -511,6 +530,13 @@ void CudaSlotCopier::scatter_async(std::span<const LayerSlots> slots, DevicePoin
 std::uint32_t CudaSlotCopier::crc(DevicePointer bytes, std::size_t size, std::uint32_t seed,
                                   Deadline deadline) {
   return impl_->crc(bytes, size, seed, deadline);
+}
+std::uint32_t CudaSlotCopier::crc(ConstPacked bytes, std::uint32_t seed, Deadline deadline) {
+  if (bytes.where == DeviceKind::host) return SlotCopier::crc(bytes, seed, deadline);
+  return impl_->crc(reinterpret_cast<DevicePointer>(bytes.data), bytes.bytes, seed, deadline);
+}
+void CudaSlotCopier::copy(Packed out, ConstPacked in, Deadline deadline) {
+  impl_->copy(out, in, deadline);
 }
 StreamHandle CudaSlotCopier::stream() const noexcept {
   return impl_->stream();

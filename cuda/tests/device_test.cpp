@@ -253,6 +253,12 @@ class CudaPoolTest : public CudaDeviceTest {
     pages_.reset();
     CudaDeviceTest::TearDown();
   }
+  /// Returns once somebody waits for an event; a wait that never begins fails the test.
+  void until_events_are_asked() const {
+    const Deadline deadline = Deadline::after_seconds(10);
+    while (fake_.count("cuEventQuery") < 5 && !deadline.passed()) std::this_thread::yield();
+    EXPECT_GE(fake_.count("cuEventQuery"), 5u) << "nobody waited for the streams";
+  }
   [[nodiscard]] std::byte* at(std::uint32_t layer, std::uint64_t block) const {
     const LayerMemory memory = pool_->layer_memory(layer);
     return memory.base + block * memory.block_stride;
@@ -275,7 +281,7 @@ TEST_F(CudaPoolTest, AShrinkWaitsForTheStreamsThatUseThePool) {
   device().fill(at(1, 29), 1, 64, compute.stream());
   device().fill(at(1, 0), 1, 64, unrelated.stream());
   auto shrunk = std::async(std::launch::async, [&] { pool_->shrink(4, {}, {}); });
-  while (fake_.count("cuEventQuery") < 5) std::this_thread::yield();
+  until_events_are_asked();
   EXPECT_EQ(fake_.count("cuMemUnmap"), 0u);
   // Blocks that stay are used as ever meanwhile, those that go are refused.
   {
@@ -297,7 +303,7 @@ TEST_F(CudaPoolTest, TheDefaultStreamIsWaitedForUnasked) {
   fake_.hold(kDefaultStream, true);
   device().fill(at(1, 29), 1, 64, kDefaultStream);
   auto dropped = std::async(std::launch::async, drop);
-  while (fake_.count("cuEventQuery") < 5) std::this_thread::yield();
+  until_events_are_asked();
   EXPECT_EQ(fake_.count("cuMemUnmap"), 0u);
   fake_.hold(kDefaultStream, false);
   dropped.get();
@@ -377,7 +383,7 @@ TEST_F(CudaPoolTest, DestructionWaitsForWorkUnderWay) {
   fake_.hold(kDefaultStream, true);
   device().fill(at(0, 0), 1, 64, kDefaultStream);
   auto gone = std::async(std::launch::async, [&] { pool_.reset(); });
-  while (fake_.count("cuEventQuery") < 5) std::this_thread::yield();
+  until_events_are_asked();
   EXPECT_EQ(fake_.count("cuMemUnmap"), 0u);
   fake_.hold(kDefaultStream, false);
   gone.get();

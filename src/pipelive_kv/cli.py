@@ -1,4 +1,4 @@
-"""The command line: ``pipelive-kv demo``, ``pipelive-kv info``, ``pipelive-kv --version``."""
+"""The command line: ``pipelive-kv demo``, ``doctor``, ``info`` and ``--version``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "info":
         print(build_info())
         return OK
+    if parsed.command == "doctor":
+        return _doctor(as_json=parsed.json)
     return _demo(parsed)
 
 
@@ -55,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="show how the library was built")
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine offers and what is missing",
+        description="Looks at the CUDA driver, every GPU, NCCL and this build, and says in plain "
+        "words what is missing. The exit status is 0 also where there is no GPU.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     demo = commands.add_parser(
         "demo",
         help="move layers between stage processes while requests decode",
@@ -64,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(demo)
     return parser
+
+
+def _doctor(*, as_json: bool) -> int:
+    from pipelive_kv.doctor import examine  # noqa: PLC0415
+
+    report = examine()
+    print(report.to_json() if as_json else report)
+    return OK
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from pipelive_kv import _core
 from pipelive_kv.errors import InvalidArgumentError
@@ -236,6 +237,20 @@ class Arena:
         """
         lengths = [whole(length, "shape") for length in shape]
         return self._core.tensor(whole(offset, "offset"), lengths, dtype)
+
+    def write(self, offset: int, source: Any) -> None:
+        """Copy a contiguous tensor or buffer in host memory to mapped bytes, and wait for it.
+
+        Raises NotResidentError where not all of the range is mapped; nothing is written then.
+        """
+        self._core.write(whole(offset, "offset"), source)
+
+    def read(self, offset: int, target: Any) -> None:
+        """Copy mapped bytes into a contiguous, writable tensor or buffer in host memory.
+
+        Raises NotResidentError where not all of the range is mapped.
+        """
+        self._core.read(whole(offset, "offset"), target)
 
     def export_page(self, offset: int) -> tuple[int, int, int]:
         """A descriptor of the page at ``offset`` for another process: (fd, offset in it, bytes).

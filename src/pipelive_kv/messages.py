@@ -66,6 +66,16 @@ class StageInfo(Body, frozen=True):
     stack: int
     process: int
     last_seq: int
+    state: str
+    """Of the stage's machine in :mod:`pipelive_kv.protocol`."""
+    given_up: int
+    """The highest epoch that the stage refuses because it was given up."""
+    session: int = -1
+    """The epoch that the stage takes part in, -1 for none."""
+    session_stages: Stages = ()
+    """The placement of that epoch."""
+    session_from: Stages = ()
+    """The placement that it takes over from."""
 
 
 class Admit(Body, frozen=True):
@@ -229,10 +239,11 @@ class Grow(Body, frozen=True):
 
 
 class Abort(Body, frozen=True):
-    """Give the epoch up: everything as before."""
+    """Give the epoch up: everything as before. Answered when nothing of it is left."""
 
     epoch: int
     reason: str
+    timeout: float
 
 
 class Observe(Body, frozen=True):
@@ -271,11 +282,19 @@ class SchedulerInfo(Body, frozen=True):
     next_seq: int
     capacity: int
     live: int
+    state: str
+    """Of the scheduler's machine in :mod:`pipelive_kv.protocol`."""
+    resize: int
+    pending: int = -1
+    """The epoch for which something is under way here, -1 for none."""
+    capacity_before: int = -1
+    """What the capacity was before the pending epoch lowered it, -1 where it did not."""
 
 
 class Shrink(Body, frozen=True):
     """Lower the capacity; answered by :class:`Resized` once a step carries it."""
 
+    epoch: int
     capacity: int
     timeout: float
 

@@ -24,7 +24,8 @@ __all__ = [
     "StopPredictor",
 ]
 
-MAX_MESSAGE_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = 1 << 20
+"""A core's cache holds it: the target checks a message and then reads it again to scatter it."""
 
 Ranges: TypeAlias = "npt.NDArray[np.uint64]"
 """Slot ranges as uint64 [n, 2]: the first slot and the number of slots."""
@@ -80,7 +81,9 @@ class PatchSender:
         spec: the shape of the moving layers; must be the target's, except for ``order``.
         layers: the moving layers' views, by layer.
         epoch: of the reconfiguration; the target refuses messages of any other.
-        max_message_bytes: the largest message; a shared-memory ring may bound it further.
+        max_message_bytes: the largest message, payload included; a shared-memory ring or the
+            channel's staging may bound it further. None: 1 MiB, or what the channel takes in device
+            memory beside a message.
         rate_limit: bytes per second, or None.
         checksum: whether every message carries a CRC32C of all of its bytes.
 
@@ -94,7 +97,7 @@ class PatchSender:
         layers: Mapping[int, LayerView],
         *,
         epoch: int,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_message_bytes: int | None = None,
         rate_limit: float | None = None,
         checksum: bool = True,
     ) -> None:
@@ -107,7 +110,7 @@ class PatchSender:
             spec.core,
             dict(layers),
             epoch,
-            max_message_bytes,
+            max_message_bytes or _message_bytes(channel, rate_limit),
             0.0 if rate_limit is None else rate_limit,
             checksum,
         )
@@ -350,3 +353,10 @@ def _ranges(ranges: Ranges) -> Ranges:
             raise InvalidArgumentError(f"ranges have shape {array.shape}, expected (n, 2)")
         array = array.reshape(0, 2)
     return array
+
+
+def _message_bytes(channel: Channel, rate_limit: float | None) -> int:
+    """The largest message where none was named; under a rate limit it is the size of a burst."""
+    if rate_limit is not None:
+        return MAX_MESSAGE_BYTES
+    return max(MAX_MESSAGE_BYTES, channel.max_bulk_bytes)

@@ -26,6 +26,8 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``commit``: steps from ``step`` on run the new placement. ``abort``: nothing has changed."""
     step: int = -1
     stages: tuple[tuple[int, ...], ...] = ()
+    capacity: int = -1
+    """The blocks that every stage can hold after a commit, -1 where it was not worked out."""
     reason: str = ""
 
 
@@ -37,6 +39,9 @@ class DecisionRecord(Protocol):
 
     def read(self, epoch: int) -> Decision | None:
         """The decision of ``epoch``, or None while there is none."""
+
+    def newest_epoch(self) -> int:
+        """The highest epoch that has a decision, -1 while there is none."""
 
 
 class FileDecisionRecord:

@@ -12,6 +12,7 @@ from typing import Protocol
 from pipelive_kv.control import ControlClient, ControlEndpoint
 from pipelive_kv.errors import (
     BusyError,
+    CancelledError,
     ClosedError,
     DeadlineError,
     InvalidArgumentError,
@@ -37,9 +38,22 @@ from pipelive_kv.messages import (
     Stamp,
 )
 from pipelive_kv.placement import Placement
-from pipelive_kv.record import Decision, FileDecisionRecord
+from pipelive_kv.protocol import (
+    HELD_TOO_LONG,
+    RECORD_ABORT,
+    RECORD_COMMIT,
+    SCHEDULER,
+    STAMP_K,
+    SchedulerState,
+    age_of,
+    event_of,
+)
+from pipelive_kv.record import Decision, DecisionRecord, FileDecisionRecord
 
 _log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 0.02
+"""Seconds between two looks into the record while the switchover waits for word of its outcome."""
 
 
 class BlockOwner(Protocol):
@@ -75,6 +89,7 @@ class BlockOwner(Protocol):
 
 @dataclass
 class _ShrinkRequest:
+    epoch: int
     capacity: int
     ends_at: float
     outcome: Resized | PipeliveError | None = None
@@ -85,15 +100,15 @@ class _Switch:
     epoch: int
     placement: Placement
     step: int
-    record: FileDecisionRecord
+    record: DecisionRecord
     ends_at: float
-    committed: bool | None = None
 
 
 @dataclass
 class _State:
     """All that changes; guarded by the scheduler's lock."""
 
+    protocol: SchedulerState = SCHEDULER.start
     next_seq: int = 0
     retired: int = -1
     epoch: int = 0
@@ -102,6 +117,9 @@ class _State:
     resize: int = 0
     moves: tuple[tuple[int, int], ...] = ()
     shrink: _ShrinkRequest | None = None
+    shrunk_for: int = -1
+    """The epoch that the capacity was lowered for, as long as it may have to be raised again."""
+    capacity_before: int = -1
     switch: _Switch | None = None
     held_by: int | None = None
     held_until: float = 0.0
@@ -129,6 +147,7 @@ class Scheduler:
             is stamped while one that it follows on from is under way. A layer that has just moved
             then waits for the writes of retired steps alone, not for steps of other micro-batches
             that are still on their way through the pipeline.
+        record: the decision record, where it is not the coordinator's directory of files.
     """
 
     def __init__(
@@ -138,14 +157,18 @@ class Scheduler:
         allocator: BlockOwner,
         control: ControlEndpoint | None = None,
         reads_retired: bool = False,
+        record: DecisionRecord | None = None,
     ) -> None:
+        self._record = record
         self._reads_retired = reads_retired
         self._allocator = allocator
         self._placement = placement
         self._lock = threading.Condition()
         self._state = _State()
         self._client = (
-            ControlClient(control, "scheduler", self._handle) if control is not None else None
+            ControlClient(control, "scheduler", self._handle, self._on_lost)
+            if control is not None
+            else None
         )
 
     # -- the engine's side -------------------------------------------------------------------------
@@ -251,17 +274,34 @@ class Scheduler:
 
     # -- inside stamp(), with the lock held --------------------------------------------------------
 
+    def _take(self, event: str, epoch: int | None = None) -> None:
+        """Move on as the protocol's table says; raises ProtocolError where it must not."""
+        state = self._state
+        session = state.switch.epoch if state.switch is not None else state.held_by
+        age = age_of(epoch, session=session, running=state.epoch, given_up=state.aborted)
+        state.protocol = SCHEDULER.next(state.protocol, event, age)
+
     def _wait_while_held(self) -> None:
         state = self._state
         start = time.monotonic()
         while state.held_by is not None and not state.closed:
             rest = state.held_until - time.monotonic()
-            if rest <= 0:
-                _log.error("epoch %d held the engine past its deadline; going on", state.held_by)
+            if rest <= 0 or self._is_alone():
+                _log.error("epoch %d held the engine for too long; going on", state.held_by)
+                if state.protocol is SchedulerState.HELD:
+                    self._take(HELD_TOO_LONG, state.held_by)
                 state.held_by = None
                 break
             self._lock.wait(rest)
         state.hold_s += time.monotonic() - start
+
+    def _is_alone(self) -> bool:
+        """Whether the coordinator has gone, so that nobody will say what was decided."""
+        return self._client is not None and not self._client.connected
+
+    def _on_lost(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
 
     def _after_seq(self) -> int | None:
         """The last step that may still use ids freed now; None where no step is under way."""
@@ -272,6 +312,7 @@ class Scheduler:
         state, request = self._state, self._state.shrink
         if request is None:
             return
+        before = self._allocator.capacity
         try:
             for refuse in state.capacity:
                 refuse(request.capacity)
@@ -286,6 +327,9 @@ class Scheduler:
         for remap in state.remap:
             if moves:
                 remap(moves)
+        if state.shrunk_for < 0:
+            state.capacity_before = before
+        state.shrunk_for = request.epoch
         state.resize += 1
         state.moves = tuple(sorted(moves.items()))
         self._end_shrink(Resized(state.resize, request.capacity, len(moves)))
@@ -300,25 +344,40 @@ class Scheduler:
         if state.switch is None or state.next_seq < state.switch.step:
             return
         start = time.monotonic()
-        while state.switch is not None and state.switch.committed is None:
+        while state.switch is not None and state.protocol is SchedulerState.PROPOSED:
             rest = state.switch.ends_at - time.monotonic()
-            if rest <= 0:
+            if rest <= 0 or self._is_alone() or state.closed:
                 self._ask_record(state.switch)
-                break
-            self._lock.wait(rest)
+            elif not self._lock.wait(min(rest, _LOOK_EVERY)):
+                self._look_up(state.switch)
         state.hold_s += time.monotonic() - start
         switch = state.switch
-        if switch is not None and switch.committed:
+        if switch is not None:
+            self._take(STAMP_K, switch.epoch)
             state.epoch = switch.epoch
+            state.shrunk_for = state.capacity_before = -1
             self._placement = switch.placement
             state.switch = None
+
+    def _look_up(self, switch: _Switch) -> None:
+        """Word may be late, or lost: what is recorded holds all the same."""
+        found = switch.record.read(switch.epoch)
+        if found is not None:
+            self._obey(found)
 
     def _ask_record(self, switch: _Switch) -> None:
         """Nobody told the outcome in time: whoever writes the record first has decided."""
         decision = switch.record.decide(
             Decision(switch.epoch, "abort", reason="the scheduler reached the step without word")
         )
-        self._settle(switch.epoch, decision.outcome == "commit")
+        self._obey(decision)
+
+    def _obey(self, decision: Decision) -> None:
+        if decision.outcome == "commit":
+            self._take(RECORD_COMMIT, decision.epoch)
+        else:
+            self._take(RECORD_ABORT, decision.epoch)
+            self._forget(decision.epoch)
 
     # -- the coordinator's side --------------------------------------------------------------------
 
@@ -336,9 +395,7 @@ class Scheduler:
         if isinstance(request, Propose):
             return self._propose(request)
         if isinstance(request, Settle):
-            with self._lock:
-                self._settle(request.epoch, request.commit)
-            return Done()
+            return self._settle(request)
         raise ProtocolError(f"the scheduler does not answer {type(request).__name__}")
 
     def _describe(self) -> SchedulerInfo:
@@ -351,16 +408,30 @@ class Scheduler:
                 next_seq=state.next_seq,
                 capacity=self._allocator.capacity,
                 live=len(self._allocator.live()),
+                state=state.protocol.value,
+                resize=state.resize,
+                pending=self._pending(),
+                capacity_before=state.capacity_before,
             )
+
+    def _pending(self) -> int:
+        state = self._state
+        if state.switch is not None:
+            return state.switch.epoch
+        if state.held_by is not None:
+            return state.held_by
+        return state.shrink.epoch if state.shrink is not None else state.shrunk_for
 
     def _shrink(self, request: Shrink) -> Resized:
         with self._lock:
             state = self._state
+            self._take("Shrink", request.epoch)
             if request.capacity >= self._allocator.capacity:
                 return Resized(state.resize, self._allocator.capacity, 0)
             if state.shrink is not None:
                 raise BusyError("Shrink: another shrink waits for a step")
-            pending = _ShrinkRequest(request.capacity, time.monotonic() + request.timeout)
+            ends_at = time.monotonic() + request.timeout
+            pending = _ShrinkRequest(request.epoch, request.capacity, ends_at)
             state.shrink = pending
             while pending.outcome is None and not state.closed:
                 rest = pending.ends_at - time.monotonic()
@@ -379,10 +450,13 @@ class Scheduler:
 
     def _raise_capacity(self, capacity: int) -> Done:
         with self._lock:
+            self._take("RaiseCapacity")
             if capacity > self._allocator.capacity:
                 self._allocator.raise_capacity(capacity)
                 for callback in self._state.capacity:
                     callback(capacity)
+            if capacity >= self._state.capacity_before:
+                self._state.shrunk_for = self._state.capacity_before = -1
         return Done()
 
     def _list_live(self) -> LiveBlocks:
@@ -392,8 +466,7 @@ class Scheduler:
     def _hold(self, request: Hold) -> Held:
         with self._lock:
             state = self._state
-            if state.held_by is not None:
-                raise BusyError(f"epoch {state.held_by} holds the engine already")
+            self._take("Hold", request.epoch)
             # Whether the last step has ended the stages are asked: the engine's thread, which would
             # tell that it retired, may already wait in stamp().
             state.held_by = request.epoch
@@ -404,36 +477,44 @@ class Scheduler:
         placement = Placement(request.stages)
         with self._lock:
             state = self._state
-            if request.epoch <= state.newest_epoch:
-                raise ProtocolError(
-                    f"epoch {request.epoch} was proposed, expected one above {state.newest_epoch}"
-                )
-            if state.switch is not None:
-                raise BusyError(f"epoch {state.switch.epoch} waits for its decision")
             margin = 0 if state.held_by is not None else request.margin
-            state.newest_epoch = request.epoch
-            state.switch = _Switch(
-                epoch=request.epoch,
-                placement=placement,
-                step=state.next_seq + margin,
-                record=FileDecisionRecord(request.record),
-                ends_at=time.monotonic() + request.timeout,
-            )
+            self._take("Propose", request.epoch)
+            if state.switch is None:
+                state.newest_epoch = request.epoch
+                state.switch = _Switch(
+                    epoch=request.epoch,
+                    placement=placement,
+                    step=state.next_seq + margin,
+                    record=self._record or FileDecisionRecord(request.record),
+                    ends_at=time.monotonic() + request.timeout,
+                )
             return Proposed(state.switch.step)
 
-    def _settle(self, epoch: int, commit: bool) -> None:
+    def _settle(self, request: Settle) -> Done:
+        with self._lock:
+            self._take(event_of(request), request.epoch)
+            if request.commit:
+                self._release_hold(request.epoch)
+            else:
+                self._forget(request.epoch)
+            self._lock.notify_all()
+        return Done()
+
+    def _release_hold(self, epoch: int) -> None:
+        if self._state.held_by == epoch:
+            self._state.held_by = None
+
+    def _forget(self, epoch: int) -> None:
+        """The epoch is given up: nothing of it stays, and nothing of it is taken any more."""
         state = self._state
-        if state.held_by == epoch:
-            state.held_by = None
+        self._release_hold(epoch)
         if state.switch is not None and state.switch.epoch == epoch:
-            if state.switch.committed is None:
-                state.switch.committed = commit
-            if not commit:
-                state.switch = None
-        if not commit:
-            state.aborted = max(state.aborted, epoch)
-            state.newest_epoch = max(state.newest_epoch, epoch)
-        self._lock.notify_all()
+            state.switch = None
+        if state.shrink is not None and state.shrink.epoch == epoch:
+            self._allocator.cancel_shrink()
+            self._end_shrink(CancelledError(f"epoch {epoch} was given up"))
+        state.aborted = max(state.aborted, epoch)
+        state.newest_epoch = max(state.newest_epoch, epoch)
 
 
 def runs_of(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from attention_cases import TOLERANCE, Case, error_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelive_kv.attention import append, available_isas, paged_attention
@@ -114,13 +114,11 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=150, deadline=None)
 @given(case=cases(), isa=st.sampled_from(ISAS), threads=st.integers(1, 3))
 def test_any_batch(case: Case, isa: str, threads: int) -> None:
     check(case, isa=isa, threads=threads)
 
 
-@settings(max_examples=60, deadline=None)
 @given(case=cases(), isa=st.sampled_from(ISAS))
 def test_what_append_wrote_is_what_attention_reads(case: Case, isa: str) -> None:
     """A cache filled by append, in its chunks and in float32, gives the same bits."""

@@ -150,16 +150,24 @@ class Pipeline:
         in_flight=3,
         transport="tcp",
         seed=0,
+        endpoint=None,
+        remote=0,
     ):
+        """With an ``endpoint``, the coordinator is somebody else's.
+
+        The last ``remote`` stages are somebody else's as well; they take part in no step.
+        """
         self.placement = pk.Placement.from_counts(counts)
         self.random = random.Random(seed)
         self.in_flight = in_flight
-        self.coordinator = pk.Coordinator(
-            pk.ControlEndpoint("tcp://127.0.0.1:*", pk.ControlKey.generate()),
-            pp_size=len(counts),
-            record_dir=record_dir,
-        )
-        endpoint = self.coordinator.endpoint
+        self.coordinator = None
+        if endpoint is None:
+            self.coordinator = pk.Coordinator(
+                pk.ControlEndpoint("tcp://127.0.0.1:*", pk.ControlKey.generate()),
+                pp_size=len(counts),
+                record_dir=record_dir,
+            )
+            endpoint = self.coordinator.endpoint
         self.allocator = pk.BlockAllocator(max_blocks, capacity)
         self.scheduler = pk.Scheduler(self.placement, allocator=self.allocator, control=endpoint)
         self.scheduler.on_remap(self._remap)
@@ -174,7 +182,7 @@ class Pipeline:
                 budget=budget,
                 transport=transport,
             )
-            for rank in range(len(counts))
+            for rank in range(len(counts) - remote)
         ]
         self.results: queue.Queue[Message | None] = queue.Queue()
         for worker, following in zip(self.workers, self.workers[1:], strict=False):
@@ -188,7 +196,8 @@ class Pipeline:
         self.sequences: list[Sequence] = []
         self.next_token = 1
         self.flying = 0
-        self.coordinator.await_ready(30)
+        if self.coordinator is not None and not remote:
+            self.coordinator.await_ready(30)
 
     def _remap(self, moves):
         for sequence in self.sequences:
@@ -280,7 +289,8 @@ class Pipeline:
         self.drain()
 
     def close(self):
-        self.coordinator.close()
+        if self.coordinator is not None:
+            self.coordinator.close()
         self.scheduler.close()
         for worker in self.workers:
             worker.close()

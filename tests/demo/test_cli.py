@@ -28,8 +28,8 @@ def test_wrong_arguments(arguments, capsys):
 def test_help_names_every_option(capsys):
     assert main(["demo", "--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("--stages", "--from", "--to", "--requests", "--new-tokens", "--model",
-                   "--transport", "--json", "--quick", "--out", "--corrupt"):  # fmt: skip
+    options = "stages from to requests new-tokens model transport device json quick out corrupt"
+    for option in (f"--{name}" for name in options.split()):
         assert option in shown
 
 

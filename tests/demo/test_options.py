@@ -63,6 +63,7 @@ def test_uneven_counts_use_every_layer(stages, more):
         (["--requests", "1"], "--requests", "1", "2 to 32"),
         (["--requests", "1.5"], "--requests", "'1.5'", "2 to 32"),
         (["--new-tokens", "0"], "--new-tokens", "0", "24 to 1024"),
+        (["--device", "gpu"], "--device", "'gpu'", "cpu, cuda, or a GPU"),
         (["--transport", "nccl"], "--transport", "'nccl'", "auto, shm, tcp"),
         (["--model", "/no/such"], "--model", "'/no/such'", "config.json"),
     ],

@@ -61,6 +61,12 @@ REFUSED = [
         "linear_attention",
     ),
     ("LlavaConfig", {}, "several parts"),
+    ("MixtralConfig", {**SMALL, "num_local_experts": 2}, "mixture of experts"),
+    (
+        "Qwen3MoeConfig",
+        {**SMALL, "num_experts": 2, "moe_intermediate_size": 16},
+        "mixture of experts",
+    ),
     ("StableLmConfig", SMALL, "attention interface"),
 ]
 

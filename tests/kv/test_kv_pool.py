@@ -250,7 +250,7 @@ def test_a_pool_holds_what_it_says_it_needs() -> None:
         ({"stack": 3}, "stack 0 holds layers 0 to 2"),
         ({"page_bytes": 1000}, "page_bytes is 1000"),
         ({"holes": "zero"}, "holes is 'zero'"),
-        ({"device": "cuda:0"}, "device is 'cuda:0'"),
+        ({"device": "gpu:0"}, "device is 'gpu:0'"),
         ({"budget": "many"}, "budget is 'many'"),
         ({"budget": PAGE, "page_pool": PagePool(PAGE, page_bytes=PAGE)}, "exclude each other"),
     ],

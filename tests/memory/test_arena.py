@@ -140,6 +140,26 @@ def test_a_second_process_maps_an_exported_page(pool: PagePool) -> None:
     assert values[3] == 4
 
 
+def test_bytes_are_written_and_read(pool: PagePool) -> None:
+    with Arena(pool, 4 * pool.page_bytes) as arena:
+        arena.map(pool.page_bytes, pool.page_bytes)
+        values = np.arange(100, dtype=np.float32)
+        arena.write(pool.page_bytes + 8, values)
+        back = np.empty_like(values)
+        arena.read(pool.page_bytes + 8, back)
+        assert (back == values).all()
+        arena.write(pool.page_bytes, b"abc")
+        raw = bytearray(3)
+        arena.read(pool.page_bytes, raw)
+        assert raw == b"abc"
+        with pytest.raises(NotResidentError, match="write: not all of the 400 bytes at offset 0"):
+            arena.write(0, values)
+        with pytest.raises(InvalidArgumentError, match="target"):
+            arena.read(pool.page_bytes, b"abc")
+        with pytest.raises(InvalidArgumentError, match="source"):
+            arena.write(pool.page_bytes, np.zeros((4, 4))[:, ::2])
+
+
 def test_refuses_wrong_arguments(pool: PagePool) -> None:
     with pytest.raises(InvalidArgumentError, match="reserve_bytes is 0"):
         Arena(pool, 0)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from migration_cases import (
     LAYERS,
@@ -265,7 +265,6 @@ def test_a_session_of_an_earlier_epoch_cannot_be_replayed(pools):
     assert not slots_of(target, 1).any()
 
 
-@settings(max_examples=200)
 @given(data=st.data())
 def test_changed_sessions_never_end_well_with_wrong_bytes(data):
     """One message of a session is lost, cut, doubled, moved or changed in one bit."""
@@ -309,7 +308,6 @@ def test_a_flipped_bit_is_a_corrupt_error(pools):
     assert not slots_of(target, 1).any()
 
 
-@settings(max_examples=100)
 @given(garbage=st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=5))
 def test_garbage_is_refused(garbage):
     with make_pool() as target:

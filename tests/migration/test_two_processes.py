@@ -58,6 +58,15 @@ def start():
         process.end()
 
 
+def open_channel(address, pool, **options):
+    device = pool.page_pool.device
+    return connect(address, key=KEY, timeout=SECONDS, device=device, **options)
+
+
+def listen(kind, pool, **options):
+    return PatchListener(kind, key=KEY, device=pool.page_pool.device, **options)
+
+
 def send_rounds(sender, first, last):
     for number in range(first, last):
         sender.send_round(number, number, ALL, timeout=SECONDS)
@@ -69,12 +78,12 @@ def seeded(pool):
         bits[...] = np.random.default_rng(layer).integers(0, 1 << 16, bits.shape, dtype=np.uint16)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shm", "auto"])
+@pytest.mark.parametrize("kind", ["tcp", "shm", "auto", "p2p"])
 def test_a_session_between_processes(start, kind):
     target = start("target", kind)
-    channel = connect(target.line(), key=KEY, timeout=SECONDS, hello={"epoch": EPOCH})
-    assert channel.kind == ("tcp" if kind == "tcp" else "shm")
     with make_pool() as source:
+        channel = open_channel(target.line(), source, hello={"epoch": EPOCH})
+        assert channel.kind == ("shm" if kind == "auto" else kind)
         seeded(source)
         sender = PatchSender(channel, source.spec, views(source), epoch=EPOCH)
         send_rounds(sender, 0, 200)
@@ -84,11 +93,11 @@ def test_a_session_between_processes(start, kind):
     assert target.line() == "finished 200 same"
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shm"])
+@pytest.mark.parametrize("kind", ["tcp", "shm", "p2p"])
 def test_a_target_killed_mid_round(start, kind):
     target = start("target", kind)
-    channel = connect(target.line(), key=KEY, timeout=SECONDS)
     with make_pool() as source:
+        channel = open_channel(target.line(), source)
         sender = PatchSender(channel, source.spec, views(source), epoch=EPOCH)
         send_rounds(sender, 0, 20)
         sender.wait_applied(19, SECONDS)
@@ -100,9 +109,9 @@ def test_a_target_killed_mid_round(start, kind):
         assert time.monotonic() - begin < SECONDS
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shm"])
+@pytest.mark.parametrize("kind", ["tcp", "shm", "p2p"])
 def test_a_source_killed_mid_round(start, kind):
-    with make_pool() as pool, PatchListener(kind, key=KEY) as listener:
+    with make_pool() as pool, listen(kind, pool) as listener:
         source = start("source", listener.address)
         receiver = PatchReceiver(listener.accept(SECONDS), pool.spec, views(pool), epoch=EPOCH)
         assert source.line() == "sending"
@@ -122,9 +131,9 @@ def test_a_source_killed_mid_round(start, kind):
             receiver.wait_applied(10**9, SECONDS)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shm"])
+@pytest.mark.parametrize("kind", ["tcp", "shm", "p2p"])
 def test_a_source_that_wakes_after_the_target_gave_up_writes_nothing(start, kind):
-    with make_pool() as pool, PatchListener(kind, key=KEY) as listener:
+    with make_pool() as pool, listen(kind, pool) as listener:
         source = start("source", listener.address)
         receiver = PatchReceiver(listener.accept(SECONDS), pool.spec, views(pool), epoch=EPOCH)
         assert source.line() == "sending"
@@ -149,7 +158,7 @@ def test_a_source_that_wakes_after_the_target_gave_up_writes_nothing(start, kind
 def main_target(kind):
     with make_pool() as pool, make_pool() as expected:
         seeded(expected)
-        with PatchListener(kind, key=KEY, hello={"epoch": EPOCH}) as listener:
+        with listen(kind, pool, hello={"epoch": EPOCH}) as listener:
             print(listener.address, flush=True)
             channel = listener.accept(SECONDS)
         receiver = PatchReceiver(channel, pool.spec, views(pool), epoch=EPOCH)
@@ -159,8 +168,8 @@ def main_target(kind):
 
 
 def main_source(address):
-    channel = connect(address, key=KEY, timeout=SECONDS)
     with make_pool() as pool:
+        channel = open_channel(address, pool)
         sender = PatchSender(channel, pool.spec, views(pool), epoch=EPOCH)
         print("sending", flush=True)
         try:

@@ -67,6 +67,30 @@ def test_a_layer_travels_as_one_region(tmp_path):
         receiver.load(1)
 
 
+def test_weights_on_another_device_pass_through_host_memory(tmp_path):
+    """As on a GPU, whose memory the host cannot read: only whole copies in and out."""
+    saved = one_file(tmp_path)
+    source = SafetensorsSource(tmp_path)
+    pages = PagePool(1 << 20, page_bytes=PAGE)
+    sender, receiver = (WeightArena(pages, source, LAYERS) for _ in range(2))
+    for arena in (sender, receiver):
+        arena._on_host = False
+        arena.add(1)
+    sender.load(1)
+    assert all(view.data_bytes is None for view in sender.tensors(1).values())
+    receiver.region(1)[:] = sender.outgoing(1)
+    receiver.landed(1)
+    receiver.landed(1)  # nothing more has come
+    for name, view in receiver.tensors(1).items():
+        assert torch.equal(torch.from_dlpack(view), saved[f"model.layers.1.{name}"])
+    receiver.region(1)
+    receiver.drop(1)
+    receiver.add(1)
+    receiver.landed(1)  # what was on its way before the drop does not land
+    with pytest.raises(WeightsError, match="layer 0 is not held"):
+        receiver.region(0)
+
+
 def test_views_share_memory_with_torch(tmp_path):
     one_file(tmp_path)
     arena = WeightArena(PagePool(1 << 20, page_bytes=PAGE), SafetensorsSource(tmp_path), LAYERS)

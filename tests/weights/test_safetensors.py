@@ -110,7 +110,7 @@ def test_gap_in_the_layers(tmp_path):
         SafetensorsSource(tmp_path)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_truncated_anywhere(tmp_path, cut):
     one_file(tmp_path)
@@ -133,7 +133,7 @@ def test_truncated_while_in_use(tmp_path):
         source.load_tensor(source.names[-1], whole)  # the last one lies behind the cut
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_header_is_an_error_of_ours(tmp_path, data):
     """Whatever is in the header, it is refused with a WeightsError or read within the file."""

@@ -56,7 +56,8 @@ struct Plan {
   std::vector<std::int64_t> zero_tokens;  ///< query tokens that attend to nothing
   std::vector<std::int32_t> blocks;       ///< physical blocks to be read
   std::int64_t group = 1;                 ///< query heads per KV head
-  std::int64_t kv_bytes = 0;              ///< roughly what one KV head reads
+  std::int64_t kv_bytes = 0;              ///< roughly what is read
+  std::int64_t products = 0;              ///< query rows times tokens times head_dim
 };
 
 /// Tokens per split for a token at `position`; a function of nothing else.

@@ -40,13 +40,17 @@ inline void qk_pairs(const std::uint16_t* query, const std::uint16_t* const* key
 template <int R, int N>
 inline void pv_pairs(const std::uint32_t* weights, const float* alpha,
                      const std::uint16_t* const* values, int begin, int end, int d, int head_dim,
-                     float* acc, int stride) {
+                     float* acc, int stride, const Ahead& ahead) {
   V sum[R][2 * N];
   for (int r = 0; r < R; ++r) {
     const V a = set1(alpha[r]);
     for (int n = 0; n < 2 * N; ++n) sum[r][n] = mul(loadf(acc + r * stride + d + n * kWidth), a);
   }
   for (int t = begin & ~1; t < end; t += 2) {
+    if (ahead.count > 0) {
+      ahead.fetch(t, 2 * d, 64 * N);
+      ahead.fetch(t + 1, 2 * d, 64 * N);
+    }
     const std::uint16_t* const first = t < begin ? kZeroRow : values[t];
     const std::uint16_t* const second = t + 1 < end ? values[t + 1] : kZeroRow;
     __m512i pairs[2 * N];
@@ -70,25 +74,27 @@ inline void pv_pairs(const std::uint32_t* weights, const float* alpha,
 template <int R>
 inline void pv_pairs_dims(const std::uint32_t* weights, const float* alpha,
                           const std::uint16_t* const* values, int begin, int end, int head_dim,
-                          float* acc, int stride) {
+                          float* acc, int stride, const Ahead& ahead) {
   int d = 0;
   for (; d + 32 < head_dim; d += 64) {
-    pv_pairs<R, 2>(weights, alpha, values, begin, end, d, head_dim, acc, stride);
+    pv_pairs<R, 2>(weights, alpha, values, begin, end, d, head_dim, acc, stride, ahead);
   }
-  if (d < head_dim) pv_pairs<R, 1>(weights, alpha, values, begin, end, d, head_dim, acc, stride);
+  if (d < head_dim)
+    pv_pairs<R, 1>(weights, alpha, values, begin, end, d, head_dim, acc, stride, ahead);
 }
 
 inline void pv_pairs_rows(const std::uint32_t* weights, const float* alpha, int rows,
                           const std::uint16_t* const* values, int begin, int end, int head_dim,
-                          float* acc, int stride) {
+                          float* acc, int stride, const Ahead& ahead) {
+  const Ahead none;
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
     pv_pairs_dims<4>(weights + r * (kTile / 2), alpha + r, values, begin, end, head_dim,
-                     acc + r * stride, stride);
+                     acc + r * stride, stride, r == 0 ? ahead : none);
   }
   for (; r < rows; ++r) {
     pv_pairs_dims<1>(weights + r * (kTile / 2), alpha + r, values, begin, end, head_dim,
-                     acc + r * stride, stride);
+                     acc + r * stride, stride, r == 0 ? ahead : none);
   }
 }
 
@@ -132,11 +138,11 @@ void attend_brain(const SplitArgs& a) {
     int next_count = a.prefetch_end - next;
     if (next_count > kTile) next_count = kTile;
     if (next_count > 0) locate(a, next, next + next_count, s.keys[side ^ 1]);
+    const Ahead ahead_keys{s.keys[side ^ 1], 0, next_count};
+    Ahead ahead_values{s.keys[side ^ 1], a.value_offset, next_count};
 
     for (int t = begin & ~3; t < end; t += 4) {
-      for (int i = t; i < t + 4 && i < next_count; ++i) {
-        prefetch(s.keys[side ^ 1][i], a.value_offset, bytes);
-      }
+      for (int i = t; i < t + 4; ++i) ahead_keys.fetch(i, 0, bytes);
       const std::uint16_t* const* four = reinterpret_cast<const std::uint16_t* const*>(keys + t);
       int r = 0;
       for (; r + 4 <= a.rows; r += 4) {
@@ -172,7 +178,8 @@ void attend_brain(const SplitArgs& a) {
       }
       if (from < to) {
         pv_pairs_rows(weights + r * (kTile / 2), s.alpha + r, last - r, values, from, to,
-                      a.head_dim, a.acc + r * stride, stride);
+                      a.head_dim, a.acc + r * stride, stride, ahead_values);
+        ahead_values.count = 0;
       }
       r = last;
     }

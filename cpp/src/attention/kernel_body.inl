@@ -1,7 +1,7 @@
 // The kernels over an ISA's vector type. Included inside an anonymous namespace by each kernel
 // file, after it has defined:
 //   V, kWidth                      a vector of kWidth floats
-//   kQkRows, kPvRows, kPvVectors   register tiles: query rows by 4 keys, rows by vectors of values
+//   kQkRows, kPvRows               register tiles: rows by 4 keys, rows by 4 vectors of values
 //   zero, set1, loadf, storef, add, sub, mul, divide, fma, vmin, vmax, vabs, select_less,
 //   horizontal_max, horizontal_sum, exponent_bits, load(const E*), load_half(const E*), reduce4,
 //   reduce4x4
@@ -133,16 +133,33 @@ inline void qk_rows(const float* query, int stride, int rows, const E* const* ke
   for (; r < rows; ++r) qk<1>(query + r * stride, stride, keys, head_dim, scores + r * kTile);
 }
 
+/// The tokens of the next tile, to be brought nearer while this one is worked on. Requests are
+/// spread over the work: a burst of them would wait for each other, and memory idle afterwards.
+struct Ahead {
+  const unsigned char* const* tokens = nullptr;
+  std::int64_t offset = 0;
+  int count = 0;
+
+  // GCC takes a function that only prefetches for one without effect and drops calls to it.
+  __attribute__((always_inline)) void fetch(int token, int begin, int bytes) const {
+    if (token >= count) return;
+    const unsigned char* const at = tokens[token] + offset + begin;
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+};
+
 /// acc[r][0 .. N vectors) = acc * alpha[r] + sum over t of p[r][t] * value[t], tokens [begin, end).
 template <int R, int N, bool Half, class E>
 inline void pv(const float* p, const float* alpha, const E* const* values, int begin, int end,
-               int d, float* acc, int stride) {
+               int d, float* acc, int stride, const Ahead& ahead) {
   V sum[R][N];
   for (int r = 0; r < R; ++r) {
     const V a = set1(alpha[r]);
     for (int n = 0; n < N; ++n) sum[r][n] = mul(loadf(acc + r * stride + d + n * kWidth), a);
   }
+  constexpr int kBytes = N * kWidth * static_cast<int>(sizeof(E));
   for (int t = begin; t < end; ++t) {
+    if (ahead.count > 0) ahead.fetch(t, d * static_cast<int>(sizeof(E)), kBytes);
     V value[N];
     for (int n = 0; n < N; ++n) {
       value[n] = Half ? load_half(values[t] + d + n * kWidth) : load(values[t] + d + n * kWidth);
@@ -157,49 +174,45 @@ inline void pv(const float* p, const float* alpha, const E* const* values, int b
   }
 }
 
-template <int R, class E>
-inline void pv_dims(const float* p, const float* alpha, const E* const* values, int begin, int end,
-                    int head_dim, float* acc, int stride) {
-  constexpr int kMost = R == 1 ? 2 * kPvVectors : kPvVectors;
-  int d = 0;
-  for (; d + kMost * kWidth <= head_dim; d += kMost * kWidth) {
-    pv<R, kMost, false>(p, alpha, values, begin, end, d, acc, stride);
-  }
-  if constexpr (kMost > 4) {
-    if (d + 4 * kWidth <= head_dim) {
-      pv<R, 4, false>(p, alpha, values, begin, end, d, acc, stride);
-      d += 4 * kWidth;
-    }
-  }
-  if constexpr (kMost > 2) {
-    if (d + 2 * kWidth <= head_dim) {
-      pv<R, 2, false>(p, alpha, values, begin, end, d, acc, stride);
-      d += 2 * kWidth;
-    }
-  }
-  for (; d + kWidth <= head_dim; d += kWidth) {
-    pv<R, 1, false>(p, alpha, values, begin, end, d, acc, stride);
-  }
-  if (d < head_dim) pv<R, 1, true>(p, alpha, values, begin, end, d, acc, stride);
-}
-
-template <class E>
-inline void pv_rows(const float* p, const float* alpha, int rows, const E* const* values, int begin,
-                    int end, int head_dim, float* acc, int stride) {
+/// One range of dimensions for all rows: its part of the values stays in the nearest cache.
+template <int N, bool Half, class E>
+inline void pv_chunk(const float* p, const float* alpha, int rows, const E* const* values,
+                     int begin, int end, int d, float* acc, int stride, const Ahead& ahead) {
+  const Ahead none;
   int r = 0;
   for (; r + kPvRows <= rows; r += kPvRows) {
-    pv_dims<kPvRows>(p + r * kTile, alpha + r, values, begin, end, head_dim, acc + r * stride,
-                     stride);
+    pv<kPvRows, N, Half>(p + r * kTile, alpha + r, values, begin, end, d, acc + r * stride, stride,
+                         r == 0 ? ahead : none);
   }
   if constexpr (kPvRows > 2) {
     if (r + 2 <= rows) {
-      pv_dims<2>(p + r * kTile, alpha + r, values, begin, end, head_dim, acc + r * stride, stride);
+      pv<2, N, Half>(p + r * kTile, alpha + r, values, begin, end, d, acc + r * stride, stride,
+                     r == 0 ? ahead : none);
       r += 2;
     }
   }
   for (; r < rows; ++r) {
-    pv_dims<1>(p + r * kTile, alpha + r, values, begin, end, head_dim, acc + r * stride, stride);
+    pv<1, N, Half>(p + r * kTile, alpha + r, values, begin, end, d, acc + r * stride, stride,
+                   r == 0 ? ahead : none);
   }
+}
+
+template <class E>
+inline void pv_rows(const float* p, const float* alpha, int rows, const E* const* values, int begin,
+                    int end, int head_dim, float* acc, int stride, const Ahead& ahead) {
+  int d = 0;
+  if (rows == 1) {  // more vectors, so that enough sums are under way
+    for (; d + 8 * kWidth <= head_dim; d += 8 * kWidth) {
+      pv<1, 8, false>(p, alpha, values, begin, end, d, acc, stride, ahead);
+    }
+  }
+  for (; d + 4 * kWidth <= head_dim; d += 4 * kWidth) {
+    pv_chunk<4, false>(p, alpha, rows, values, begin, end, d, acc, stride, ahead);
+  }
+  for (; d + kWidth <= head_dim; d += kWidth) {
+    pv_chunk<1, false>(p, alpha, rows, values, begin, end, d, acc, stride, ahead);
+  }
+  if (d < head_dim) pv_chunk<1, true>(p, alpha, rows, values, begin, end, d, acc, stride, ahead);
 }
 
 /// What the tiles of one split share.
@@ -283,11 +296,6 @@ inline int clip_end(const SplitArgs& a, int r, int tile, int end) {
   return to < end ? to : end;
 }
 
-inline void prefetch(const unsigned char* key, std::int64_t value_offset, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(key + i, 0, 2);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(key + value_offset + i, 0, 2);
-}
-
 template <class E>
 inline void widen_row(const E* from, float* to, int head_dim) {
   int d = 0;
@@ -303,7 +311,6 @@ void attend(const SplitArgs& a) {
   const int bytes = a.head_dim * static_cast<int>(sizeof(E));
   // With many rows each element is converted once, not once per group of rows.
   const bool widened = sizeof(E) != sizeof(float) && a.rows > 2 * kQkRows;
-  int next_count = 0;
   int side = 0;
   int tile = a.kv_begin / kTile * kTile;
   {
@@ -318,14 +325,14 @@ void attend(const SplitArgs& a) {
     for (int t = begin & ~3; t < begin; ++t) keys[t] = keys[begin];
     for (int t = end; t < ((end + 3) & ~3); ++t) keys[t] = keys[end - 1];
     const int next = tile + kTile;
-    next_count = a.prefetch_end - next;
+    int next_count = a.prefetch_end - next;
     if (next_count > kTile) next_count = kTile;
     if (next_count > 0) locate(a, next, next + next_count, s.keys[side ^ 1]);
+    const Ahead ahead_keys{s.keys[side ^ 1], 0, next_count};
+    Ahead ahead_values{s.keys[side ^ 1], a.value_offset, next_count};
 
     for (int t = begin & ~3; t < end; t += 4) {
-      for (int i = t; i < t + 4 && i < next_count; ++i) {
-        prefetch(s.keys[side ^ 1][i], a.value_offset, bytes);
-      }
+      for (int i = t; i < t + 4; ++i) ahead_keys.fetch(i, 0, bytes);
       if (widened) {
         const float* wide[4];
         for (int i = 0; i < 4; ++i) {
@@ -350,7 +357,9 @@ void attend(const SplitArgs& a) {
         float* to = s.wide + t * stride;
         widen_row(reinterpret_cast<const E*>(keys[t] + a.value_offset), to, a.head_dim);
         values[t] = to;
+        ahead_values.fetch(t, 0, bytes);
       }
+      ahead_values.count = 0;
     } else {
       for (int t = begin; t < end; ++t) values[t] = keys[t] + a.value_offset;
     }
@@ -359,10 +368,10 @@ void attend(const SplitArgs& a) {
       const float* p = s.scores + r * kTile;
       if (widened) {
         pv_rows(p, s.alpha + r, count, reinterpret_cast<const float* const*>(values), from, to,
-                a.head_dim, acc, stride);
+                a.head_dim, acc, stride, ahead_values);
       } else {
         pv_rows(p, s.alpha + r, count, reinterpret_cast<const E* const*>(values), from, to,
-                a.head_dim, acc, stride);
+                a.head_dim, acc, stride, ahead_values);
       }
     };
     // Rows that attend to the same part of the tile go together; the others one run of equal ranges
@@ -376,6 +385,7 @@ void attend(const SplitArgs& a) {
         ++last;
       }
       if (from < to) weigh(r, last - r, from, to);
+      ahead_values.count = 0;
       r = last;
     }
   }

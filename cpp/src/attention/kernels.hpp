@@ -48,7 +48,7 @@ struct Kernels {
   /// floats.
   void (*fold)(int rows, int stride, float* acc, float* max, float* sum, const float* part_acc,
                const float* part_max, const float* part_sum);
-  /// `count` (a multiple of 8) elements to float, then zeros up to `padded`.
+  /// `count` (a multiple of 8) elements to float, then zeros up to `padded` (a multiple of 16).
   void (*widen[3])(const void* from, float* to, int count, int padded);
   /// `count` (a multiple of 8) floats times `factor`, rounded to the dtype.
   void (*narrow[3])(const float* from, float factor, void* to, int count);

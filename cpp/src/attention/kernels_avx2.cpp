@@ -12,7 +12,6 @@ using V = __m256;
 constexpr int kWidth = 8;
 constexpr int kQkRows = 2;
 constexpr int kPvRows = 2;
-constexpr int kPvVectors = 4;
 
 inline V zero() {
   return _mm256_setzero_ps();

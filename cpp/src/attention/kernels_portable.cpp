@@ -9,7 +9,6 @@ typedef std::int32_t I __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
 constexpr int kQkRows = 1;
 constexpr int kPvRows = 2;
-constexpr int kPvVectors = 4;
 
 struct Half {
   std::uint16_t bits;

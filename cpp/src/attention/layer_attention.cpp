@@ -4,10 +4,17 @@
 
 namespace pipelive {
 
-KVView kv_view_of(const LayerView& layer) {
+namespace {
+
+void require_host(const LayerView& layer) {
   if (layer.device_kind() != DeviceKind::host) {
     attention_detail::refuse("kv", "on a GPU", "memory of the host");
   }
+}
+
+}  // namespace
+
+KVView kv_view_of(const LayerView& layer) {
   KVView view;
   view.base = layer.memory().base;
   view.dtype = layer.spec().dtype;
@@ -27,11 +34,13 @@ KVView kv_view_of(const LayerView& layer) {
 
 void append(const LayerView& layer, const TokenView& key, const TokenView& value,
             std::span<const std::int64_t> slots, std::optional<Isa> isa) {
+  require_host(layer);
   const Residency::Use use = layer.use();
   append(kv_view_of(layer), key, value, slots, isa);
 }
 
 void paged_attention(const LayerView& layer, AttentionArgs args) {
+  require_host(layer);
   const Residency::Use use = layer.use();
   args.kv = kv_view_of(layer);
   paged_attention(args);

@@ -21,8 +21,9 @@ using attention_detail::Plan;
 using attention_detail::RowTile;
 using attention_detail::SplitArgs;
 
-// Below this much KV the work is done before a sleeping worker would have begun.
+// Less work than this is done before a sleeping worker would have begun.
 constexpr std::int64_t kInlineBytes = 256 << 10;
+constexpr std::int64_t kInlineProducts = 1 << 20;
 // Partial results of splits take at most this much.
 constexpr std::size_t kMostPartialFloats = std::size_t{64} << 20;
 
@@ -92,7 +93,7 @@ class Run {
     const auto heads = static_cast<std::size_t>(args_.kv.kv_heads);
     const std::size_t items = plan_.tiles.size() * heads;
     const unsigned limit = args_.threads == 0 ? ThreadPool::hardware_threads() : args_.threads;
-    const bool small = plan_.kv_bytes * args_.kv.kv_heads < kInlineBytes;
+    const bool small = plan_.kv_bytes < kInlineBytes && plan_.products < kInlineProducts;
     if (limit == 1 || small) {
       for (std::size_t item = 0; item < items; ++item) whole(item);
       return;

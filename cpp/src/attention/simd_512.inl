@@ -4,7 +4,6 @@ using V = __m512;
 constexpr int kWidth = 16;
 constexpr int kQkRows = 4;
 constexpr int kPvRows = 4;
-constexpr int kPvVectors = 4;
 
 inline V zero() {
   return _mm512_setzero_ps();

@@ -12,6 +12,7 @@ namespace {
 
 // A scrub of host memory is done when fill returns; on a GPU it is a fast memset.
 constexpr double kScrubSeconds = 60.0;
+constexpr double kCopySeconds = 60.0;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   if (bytes > std::numeric_limits<std::size_t>::max() - unit) {
@@ -228,6 +229,34 @@ PageLease Arena::take_out(std::size_t offset, std::size_t bytes) {
 
 void Arena::unmap(std::size_t offset, std::size_t bytes) {
   take_out(offset, bytes).give_back();
+}
+
+void Arena::check_mapped(const char* call, std::size_t offset, std::size_t bytes) const {
+  {
+    const std::lock_guard lock(mutex_);
+    check_open();
+  }
+  if (!is_mapped(offset, bytes)) {
+    throw Error(ErrorCode::not_resident, std::string(call) + ": not all of the " +
+                                             std::to_string(bytes) + " bytes at offset " +
+                                             std::to_string(offset) + " are mapped");
+  }
+}
+
+void Arena::write(std::size_t offset, std::span<const std::byte> bytes) {
+  check_mapped("write", offset, bytes.size());
+  if (bytes.empty()) return;
+  Device& device = *pool_->device();
+  device.copy(base_ + offset, bytes.data(), bytes.size());
+  device.record()->wait(Deadline::after_seconds(kCopySeconds));
+}
+
+void Arena::read(std::size_t offset, std::span<std::byte> bytes) const {
+  check_mapped("read", offset, bytes.size());
+  if (bytes.empty()) return;
+  Device& device = *pool_->device();
+  device.copy(bytes.data(), base_ + offset, bytes.size());
+  device.record()->wait(Deadline::after_seconds(kCopySeconds));
 }
 
 ExportedPages Arena::export_page(std::size_t offset) const {

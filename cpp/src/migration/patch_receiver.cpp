@@ -83,17 +83,20 @@ void PatchReceiver::run(Deadline deadline) {
 
 void PatchReceiver::receive_all(Deadline deadline) {
   wire::Message message;
-  const bool stage = channel_->peer_can_write_received();
+  std::vector<std::byte>* const copy = channel_->peer_can_write_received() ? &private_ : nullptr;
+  wire::Beside beside;
+  beside.crc = [&](std::span<const std::byte> bytes, std::uint32_t seed) {
+    return layers_.copier().crc({bytes.data(), bytes.size(), channel_->bulk_device()->info().kind},
+                                seed, deadline);
+  };
   for (bool more = true; more;) {
     const std::span<const std::byte> bytes = channel_->receive(deadline);
     const Stopwatch watch;
-    if (stage && staging_.size() < bytes.size()) staging_.resize(bytes.size());
-    wire::open_message(bytes, stage ? std::span<std::byte>(staging_) : std::span<std::byte>(),
-                       message);
-    // With a copy of its own the message needs the channel's buffer no more.
-    if (stage) channel_->release();
+    const Bulk bulk = channel_->received_bulk();
+    beside.bytes = {bulk.data, bulk.bytes};
+    wire::open_message(bytes, copy, message, bulk.bytes == 0 ? nullptr : &beside);
     more = handle(message, deadline);
-    if (!stage) channel_->release();
+    channel_->release();
     const std::lock_guard lock(mutex_);
     stats_.messages += 1;
     stats_.busy_seconds += watch.seconds();
@@ -136,13 +139,13 @@ bool PatchReceiver::handle(const wire::Message& message, Deadline deadline) {
       take_verify(message, deadline);
       return true;
     case wire::Kind::region:
-      take_region(message);
+      take_region(message, deadline);
       return true;
     case wire::Kind::region_end:
       take_region_end(message);
       return true;
     case wire::Kind::finish:
-      take_finish(deadline);
+      take_finish(message.header, deadline);
       return false;
     case wire::Kind::abort: {
       const std::string reason(reinterpret_cast<const char*>(message.payload.data()),
@@ -166,6 +169,13 @@ void PatchReceiver::take_hello(const wire::Message& message, Deadline deadline) 
   wire::Header head;
   head.kind = wire::Kind::hello;
   reply(head, wire::write_hello(own), deadline);
+}
+
+// Part of a message's payload, wherever it came to lie.
+ConstPacked PatchReceiver::packed(const wire::Message& message,
+                                  std::span<const std::byte> bytes) const {
+  return {bytes.data(), bytes.size(),
+          message.beside() ? channel_->bulk_device()->info().kind : DeviceKind::host};
 }
 
 // Everything about the records that does not depend on the capacity. Returns the slots.
@@ -270,7 +280,7 @@ void PatchReceiver::write_records(const wire::Message& message, std::uint64_t en
       batch_slots.push_back(
           {&layer.layout, layer.memory, std::span(batch_).subspan(first, i - first)});
     }
-    copier.scatter(batch_slots, {batch_bytes.data(), batch_bytes.size()}, deadline);
+    copier.scatter(batch_slots, packed(message, batch_bytes), deadline);
     batch_.clear();
     batch_places_.clear();
     batch_bytes = {};
@@ -300,7 +310,7 @@ void PatchReceiver::write_records(const wire::Message& message, std::uint64_t en
     flush();
     const PatchLayer& layer = layers_.all()[place];
     for (const SlotRange& part : fresh_) {
-      copier.scatter_part(layer.layout, layer.memory, range, {bytes.data(), bytes.size()}, part,
+      copier.scatter_part(layer.layout, layer.memory, range, packed(message, bytes), part,
                           deadline);
     }
   }
@@ -375,9 +385,10 @@ void PatchReceiver::take_verify(const wire::Message& message, Deadline deadline)
   reply(head, std::as_bytes(std::span(digests)), deadline);
 }
 
-void PatchReceiver::take_region(const wire::Message& message) {
+void PatchReceiver::take_region(const wire::Message& message, Deadline deadline) {
   const wire::Header& head = message.header;
   std::span<std::byte> target;
+  DeviceKind where = DeviceKind::host;
   {
     const std::lock_guard lock(mutex_);
     const auto found = regions_.find(head.id);
@@ -401,11 +412,17 @@ void PatchReceiver::take_region(const wire::Message& message) {
       return;
     }
     target = all.subspan(head.offset, message.payload.size());
+    where = region.place.where;
   }
   {
     const std::lock_guard lock(memory_mutex_);
     if (cancelled_) throw Error(ErrorCode::cancelled, "the patch receiver was cancelled");
-    if (!target.empty()) std::memcpy(target.data(), message.payload.data(), target.size());
+    const ConstPacked from = packed(message, message.payload);
+    if (where != DeviceKind::host || from.where != DeviceKind::host) {
+      layers_.copier().copy({target.data(), target.size(), where}, from, deadline);
+    } else if (!target.empty()) {
+      std::memcpy(target.data(), from.data, target.size());
+    }
   }
   const std::lock_guard lock(mutex_);
   Region& region = regions_.at(head.id);
@@ -431,9 +448,12 @@ void PatchReceiver::take_region_end(const wire::Message& message) {
   changed_.notify_all();
 }
 
-void PatchReceiver::take_finish(Deadline deadline) {
-  if (ledger_.num_open() != 0) {
-    refuse(wire::Kind::finish, "not everything has come: " + ledger_.describe_open());
+void PatchReceiver::take_finish(const wire::Header& finish, Deadline deadline) {
+  if (finish.round != ledger_.num_completed() || ledger_.num_open() != 0) {
+    refuse(wire::Kind::finish, "not everything has come: it ends " + std::to_string(finish.round) +
+                                   " rounds, complete are " +
+                                   std::to_string(ledger_.num_completed()) + "; " +
+                                   ledger_.describe_open());
   }
   wire::Header head;
   head.kind = wire::Kind::finish;

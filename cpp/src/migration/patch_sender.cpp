@@ -33,25 +33,42 @@ Deadline now() {
 constexpr std::uint64_t kVerifyBytes = std::uint64_t{64} << 20;
 constexpr std::size_t kVerifyRanges = 4096;
 
+PatchSender::Options resolved(PatchSender::Options options, const Channel& channel) {
+  if (options.max_message_bytes == 0) {
+    options.max_message_bytes = std::size_t{channel.bulk_device() == nullptr ? 1U : 16U} << 20;
+  }
+  return options;
+}
+
 }  // namespace
 
 PatchSender::PatchSender(std::shared_ptr<Channel> channel, PatchLayers layers,
                          const Options& options)
     : channel_(std::move(channel)),
       layers_(std::move(layers)),
-      options_(options),
-      max_message_(std::min(options.max_message_bytes, channel_->max_message_bytes())),
-      limit_(options.rate_limit, max_message_),
+      options_(resolved(options, *channel_)),
+      max_message_(std::min(options_.max_message_bytes, channel_->max_message_bytes())),
+      max_beside_(channel_->bulk_device() != nullptr &&
+                          channel_->bulk_device()->info().kind == layers_.copier().kind()
+                      ? channel_->max_bulk_bytes()
+                      : 0),
+      limit_(options.rate_limit, max_beside_ == 0 ? max_message_ : options_.max_message_bytes),
 
       applied_(layers_.size()) {
   const std::size_t least =
       std::max(wire::message_bytes(1, layers_.slot_bytes()),
                wire::message_bytes(0, wire::kRoundTotalsBytes + 4 * layers_.size()));
-  if (max_message_ < least) {
+  const std::size_t most = max_beside_ == 0 ? max_message_ : options_.max_message_bytes;
+  if (most < least) {
     throw Error(ErrorCode::invalid_argument,
-                "max_message_bytes is " + std::to_string(max_message_) +
+                "max_message_bytes is " + std::to_string(most) +
                     " (the smaller of the option and the channel's), expected " +
                     std::to_string(least) + " or more");
+  }
+  if (max_beside_ != 0 && max_beside_ < layers_.slot_bytes()) {
+    throw Error(ErrorCode::invalid_argument,
+                "the channel's staging takes " + std::to_string(max_beside_) +
+                    " bytes, a slot of one layer has " + std::to_string(layers_.slot_bytes()));
   }
 }
 
@@ -79,7 +96,11 @@ auto PatchSender::guarded(const char* phase, bool fatal_timeout, const Work& wor
       // The target says why before it closes; that is the better error.
       try {
         read_available();
-      } catch (const Error&) {
+      } catch (const Error& reason) {
+        if (reason.code() != ErrorCode::closed) {
+          fail(Error(reason.code(), "patches of epoch " + std::to_string(options_.epoch) + ", " +
+                                        phase + ": " + reason.what()));
+        }
       }
     }
     if (error.code() == ErrorCode::timeout && !fatal_timeout) throw;
@@ -133,7 +154,7 @@ void PatchSender::send_payload(wire::Header head, std::span<const std::byte> pay
   channel_->submit(size, deadline);
 }
 
-std::uint32_t PatchSender::pack(std::span<const wire::Record> records, std::span<std::byte> payload,
+std::uint32_t PatchSender::pack(std::span<const wire::Record> records, Packed payload,
                                 std::uint32_t crc, Deadline deadline) {
   std::vector<SlotRange> ranges;
   ranges.reserve(records.size());  // the spans below refer to it
@@ -147,17 +168,34 @@ std::uint32_t PatchSender::pack(std::span<const wire::Record> records, std::span
     const PatchLayer& place = layers_.all()[layers_.at(layer)];
     slots.push_back({&place.layout, place.memory, std::span(ranges).subspan(first)});
   }
-  return layers_.copier().gather(slots, {payload.data(), payload.size()}, options_.checksum, crc,
-                                 deadline);
+  return layers_.copier().gather(slots, payload, options_.checksum, crc, deadline);
+}
+
+// How many slots a message with so many records, one more and so many slots still takes.
+std::uint64_t PatchSender::room(std::size_t records, std::uint64_t slots) const {
+  const std::size_t slot_bytes = layers_.slot_bytes();
+  const std::size_t used = wire::message_bytes(records + 1, slots * slot_bytes);
+  if (max_beside_ == 0) return used >= max_message_ ? 0 : (max_message_ - used) / slot_bytes;
+  if (wire::message_bytes(records + 1, 0) > max_message_) return 0;
+  const std::uint64_t all =
+      used >= options_.max_message_bytes ? 0 : (options_.max_message_bytes - used) / slot_bytes;
+  return std::min<std::uint64_t>(all, max_beside_ / slot_bytes - slots);
 }
 
 void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, std::uint64_t slots,
                             Deadline deadline, RoundStats& stats) {
-  limit_.charge(wire::message_bytes(records.size(), slots * layers_.slot_bytes()), deadline);
+  const std::size_t most_bytes = slots * layers_.slot_bytes();
+  limit_.charge(wire::message_bytes(records.size(), most_bytes), deadline);
   const Stopwatch watch(&stats.busy_seconds);
   const std::span<std::byte> message = channel_->acquire(
-      wire::message_bytes(records.size(), slots * layers_.slot_bytes()), deadline);
+      wire::message_bytes(records.size(), max_beside_ == 0 ? most_bytes : 0), deadline);
+  Bulk bulk;
+  if (max_beside_ != 0) {
+    head.flags |= wire::kPayloadBeside;
+    bulk = channel_->acquire_bulk(most_bytes, deadline);
+  }
   std::size_t size = 0;
+  std::size_t beside = 0;
   {
     const std::vector<Residency::Use> uses = layers_.use();
     // The capacity may have sunk since the round was planned; what is beyond it is not live.
@@ -177,20 +215,23 @@ void PatchSender::send_data(wire::Header head, std::span<wire::Record> records, 
     if (kept != 0) {
       head.records = static_cast<std::uint32_t>(kept);
       head.payload_bytes = slots * layers_.slot_bytes();
-      size = wire::message_bytes(kept, head.payload_bytes);
+      beside = max_beside_ == 0 ? 0 : head.payload_bytes;
+      size = wire::message_bytes(kept, head.payload_bytes - beside);
       wire::write_records(message, records);
-      const std::uint32_t crc =
-          pack(records, message.subspan(wire::payload_offset(kept), head.payload_bytes),
-               options_.checksum ? wire::records_crc(message, kept) : 0, deadline);
+      const Packed payload =
+          beside == 0 ? Packed{message.data() + wire::payload_offset(kept), head.payload_bytes}
+                      : Packed{bulk.data, beside, channel_->bulk_device()->info().kind};
+      const std::uint32_t crc = pack(
+          records, payload, options_.checksum ? wire::records_crc(message, kept) : 0, deadline);
       wire::write_header(message, head, crc);
     }
   }
-  channel_->submit(size, deadline);
+  channel_->submit(size, deadline, beside);
   if (size == 0) return;
   stats.messages += 1;
   stats.records += records.size();
   stats.slots += slots;
-  stats.bytes += size;
+  stats.bytes += size + beside;
 }
 
 std::uint64_t PatchSender::mapped_slots() const {
@@ -243,7 +284,6 @@ RoundStats PatchSender::send_round(std::uint64_t round, std::int64_t through_seq
     head.round = next_round_;
     head.through_seq = through_seq;
     const std::uint64_t generation = next_round_ + 1;
-    const std::size_t slot_bytes = layers_.slot_bytes();
     const std::uint64_t block = layers_.block_size();
     std::vector<wire::Record> records;
     std::uint64_t slots = 0;
@@ -260,9 +300,8 @@ RoundStats PatchSender::send_round(std::uint64_t round, std::int64_t through_seq
     for (const std::uint32_t id : ids) {
       for (SlotRange rest : kept) {
         while (rest.count != 0) {
-          const std::size_t used = wire::message_bytes(records.size() + 1, slots * slot_bytes);
-          std::uint64_t take = used >= max_message_ ? 0 : (max_message_ - used) / slot_bytes;
-          take = std::min<std::uint64_t>({take, rest.count, 0xFFFFFFFFULL});
+          std::uint64_t take =
+              std::min<std::uint64_t>({room(records.size(), slots), rest.count, 0xFFFFFFFFULL});
           if (take < rest.count) {
             // Cut at the end of a block, so that whole blocks stay one copy.
             const std::uint64_t end = (rest.begin + take) / block * block;
@@ -378,19 +417,47 @@ std::uint64_t PatchSender::verify(std::span<const SlotRange> ranges, Deadline de
   });
 }
 
-void PatchSender::send_region(std::uint64_t id, std::span<const std::byte> bytes,
-                              Deadline deadline) {
+// A piece of a region that lies in a device's memory.
+void PatchSender::send_region_piece(wire::Header head, ConstPacked piece, Deadline deadline) {
+  const std::size_t inside = max_beside_ == 0 ? piece.bytes : 0;
+  head.payload_bytes = piece.bytes;
+  limit_.charge(wire::message_bytes(0, piece.bytes), deadline);
+  const std::span<std::byte> message = channel_->acquire(wire::message_bytes(0, inside), deadline);
+  Packed payload{message.data() + wire::payload_offset(0), piece.bytes};
+  if (inside == 0) {
+    head.flags |= wire::kPayloadBeside;
+    const Bulk bulk = channel_->acquire_bulk(piece.bytes, deadline);
+    payload = {bulk.data, piece.bytes, channel_->bulk_device()->info().kind};
+  }
+  layers_.copier().copy(payload, piece, deadline);
+  wire::write_records(message, {});
+  std::uint32_t crc = 0;
+  if (options_.checksum) {
+    crc = layers_.copier().crc({payload.data, payload.bytes, payload.where},
+                               wire::records_crc(message, 0), deadline);
+  }
+  wire::write_header(message, head, crc);
+  channel_->submit(message.size(), deadline, piece.bytes - inside);
+}
+
+void PatchSender::send_region(std::uint64_t id, std::span<const std::byte> bytes, Deadline deadline,
+                              DeviceKind where) {
   const std::string phase = "region " + std::to_string(id);
   guarded(phase.c_str(), true, [&] {
     start(deadline);
-    const std::size_t most = max_message_ - wire::payload_offset(0);
+    const bool beside = max_beside_ != 0 && where == layers_.copier().kind();
+    const std::size_t most = beside ? max_beside_ : max_message_ - wire::payload_offset(0);
     wire::Header head = header(wire::Kind::region);
     head.id = id;
     for (std::size_t done = 0; done < bytes.size();) {
       const std::span<const std::byte> piece =
           bytes.subspan(done, std::min(most, bytes.size() - done));
       head.offset = done;
-      send_payload(head, piece, true, deadline, nullptr);
+      if (beside || where != DeviceKind::host) {
+        send_region_piece(head, {piece.data(), piece.size(), where}, deadline);
+      } else {
+        send_payload(head, piece, true, deadline, nullptr);
+      }
       done += piece.size();
       read_available();
       check_failed();
@@ -455,10 +522,11 @@ bool PatchSender::read_one(std::unique_lock<std::mutex>& lock, Deadline deadline
   } reading{*this, lock};
   const auto bytes = channel_->try_receive(deadline);
   if (!bytes) return false;
-  // What comes back is small, so a copy costs nothing and leaves the ring free.
-  std::vector<std::byte> copy(bytes->size());
+  // What comes back is small, so a copy costs nothing and leaves the ring free. (Bulk messages,
+  // whose payload is not copied, are refused by handle.)
+  std::vector<std::byte> copy;
   wire::Message message;
-  wire::open_message(*bytes, copy, message);
+  wire::open_message(*bytes, &copy, message);
   channel_->release();
   lock.lock();
   handle(message);

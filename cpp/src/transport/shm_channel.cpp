@@ -263,7 +263,7 @@ std::span<std::byte> ShmChannel::do_acquire(std::size_t bytes, Deadline deadline
   return {out_ + head_ % ring_bytes_ + kFrameHeader, bytes};
 }
 
-void ShmChannel::do_submit(std::size_t bytes, Deadline /*deadline*/) {
+void ShmChannel::do_submit(std::size_t bytes, std::size_t /*bulk_bytes*/, Deadline /*deadline*/) {
   // Against cancel(): when that has returned, nothing may be published any more.
   const std::lock_guard lock(submit_mutex_);
   check_local();

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <new>
 #include <string>
 
 #include "pipelive/base/error.hpp"
@@ -28,22 +27,6 @@ std::uint64_t encode_length(std::size_t bytes) {
 }
 
 }  // namespace
-
-std::byte* TcpChannel::Buffer::reserve(std::size_t bytes) {
-  if (bytes > size_) {
-    constexpr std::size_t kStep = std::size_t{64} << 10;
-    const std::size_t size = (bytes + kStep - 1) / kStep * kStep;
-    memory_.reset();
-    size_ = 0;
-    memory_.reset(static_cast<std::byte*>(::operator new(size, std::align_val_t{64})));
-    size_ = size;
-  }
-  return memory_.get();
-}
-
-void TcpChannel::Buffer::Free::operator()(std::byte* memory) const noexcept {
-  ::operator delete(memory, std::align_val_t{64});
-}
 
 void TcpChannel::Progress::start(const TcpOptions& options) {
   at_ = Deadline::Clock::now() + options.progress_window;
@@ -123,7 +106,7 @@ std::span<std::byte> TcpChannel::do_acquire(std::size_t bytes, Deadline /*deadli
   return {send_buffer_.reserve(bytes), bytes};
 }
 
-void TcpChannel::do_submit(std::size_t bytes, Deadline deadline) {
+void TcpChannel::do_submit(std::size_t bytes, std::size_t /*bulk_bytes*/, Deadline deadline) {
   check_local();
   const std::uint64_t head = encode_length(bytes);
   std::byte* const body = send_buffer_.reserve(bytes);

@@ -43,7 +43,8 @@ struct Crcs {
 };
 
 // Everything about a header that can be known without looking at the rest.
-Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crcs) {
+Header check_header(std::span<const std::byte> head, std::size_t size, std::size_t beside,
+                    Crcs& crcs) {
   if (get<std::uint32_t>(head, 0) != kMagic) {
     refuse("magic is " + number(get<std::uint32_t>(head, 0)) + ", expected " + number(kMagic));
   }
@@ -64,7 +65,9 @@ Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crc
   }
   header.kind = static_cast<Kind>(kind);
   header.flags = get<std::uint8_t>(head, 7);
-  if ((header.flags & ~kBodyChecksum) != 0) refuse("flags are " + number(header.flags));
+  if ((header.flags & ~(kBodyChecksum | kPayloadBeside)) != 0) {
+    refuse("flags are " + number(header.flags));
+  }
   header.epoch = get<std::uint64_t>(head, 8);
   header.round = get<std::uint64_t>(head, 16);
   header.through_seq = get<std::int64_t>(head, 24);
@@ -81,7 +84,15 @@ Header check_header(std::span<const std::byte> head, std::size_t size, Crcs& crc
   // 2^32 records of 24 bytes cannot overflow 64 bits; the payload can, so it is compared, not
   // added.
   const std::size_t offset = payload_offset(header.records);
-  if (offset > size || header.payload_bytes != size - offset) {
+  const bool is_beside = (header.flags & kPayloadBeside) != 0;
+  if (is_beside && header.kind != Kind::data && header.kind != Kind::region) {
+    refuse("a " + std::string(to_string(header.kind)) + " has no payload beside it");
+  }
+  if (is_beside ? (beside == 0 || header.payload_bytes != beside) : beside != 0) {
+    refuse(number(beside) + " bytes came beside it, it says " +
+           number(is_beside ? header.payload_bytes : 0));
+  }
+  if (offset > size || (is_beside ? 0 : header.payload_bytes) != size - offset) {
     refuse(number(header.records) + " records and a payload of " + number(header.payload_bytes) +
            " bytes do not make the " + number(size) + " bytes that arrived");
   }
@@ -195,51 +206,50 @@ std::vector<std::byte> small_message(Header header, std::span<const std::byte> p
   return message;
 }
 
-void open_message(std::span<const std::byte> bytes, std::span<std::byte> copy, Message& message) {
+void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy, Message& message,
+                  const Beside* beside) {
   if (bytes.size() < payload_offset(0)) {
     refuse("it has " + number(bytes.size()) + " bytes, expected " + number(payload_offset(0)) +
            " or more");
   }
-  if (!copy.empty() && copy.size() < bytes.size()) {
-    throw Error(ErrorCode::invalid_argument, "the staging buffer has " + number(copy.size()) +
-                                                 " bytes, the message " + number(bytes.size()));
-  }
-  std::span<const std::byte> head = bytes.first(kHeaderBytes);
-  if (!copy.empty()) {
-    std::memcpy(copy.data(), head.data(), head.size());
-    head = copy.first(kHeaderBytes);
-  }
+  // From here on what is looked at twice is looked at in `inner`.
+  const auto keep = [&](std::size_t size) {
+    if (copy == nullptr) return bytes.first(size);
+    const std::size_t kept = copy->size();
+    copy->resize(size);
+    std::memcpy(copy->data() + kept, bytes.data() + kept, size - kept);
+    return std::span<const std::byte>(*copy);
+  };
+  if (copy != nullptr) copy->clear();
   Crcs crcs;
-  message.header = check_header(head, bytes.size(), crcs);
-  std::span<const std::byte> body = bytes.subspan(kHeaderBytes);
-  const bool checked = (message.header.flags & kBodyChecksum) != 0;
-  std::uint32_t crc = 0;
-  if (!copy.empty()) {
-    std::byte* const target = copy.data() + kHeaderBytes;
-    if (checked) {
-      crc = crc32c_copy(target, body);
-    } else {
-      std::memcpy(target, body.data(), body.size());
-    }
-    body = {target, body.size()};
-  } else if (checked) {
-    crc = crc32c(body);
-  }
-  if (checked && crc != crcs.body) {
-    throw Error(ErrorCode::corrupt, "message body (" + std::string(to_string(message.header.kind)) +
-                                        ", " + number(body.size()) + " bytes): its CRC32C is " +
-                                        number(crc) + ", the header says " + number(crcs.body));
-  }
+  message.header =
+      check_header(keep(kHeaderBytes), bytes.size(), beside ? beside->bytes.size() : 0, crcs);
+  const bool bulk = message.header.kind == Kind::data || message.header.kind == Kind::region;
   const std::size_t records = message.header.records;
-  const std::size_t offset = payload_offset(records) - kHeaderBytes;
+  const std::size_t offset = payload_offset(records);
+  const std::span<const std::byte> inner = keep(bulk ? offset : bytes.size());
+  message.payload = message.beside() ? beside->bytes
+                    : bulk           ? bytes.subspan(offset)
+                                     : inner.subspan(offset);
+  if ((message.header.flags & kBodyChecksum) != 0) {
+    const std::uint32_t seed = crc32c(inner.subspan(kHeaderBytes, offset - kHeaderBytes));
+    const std::uint32_t crc =
+        message.beside() ? beside->crc(message.payload, seed) : crc32c(message.payload, seed);
+    if (crc != crcs.body) {
+      throw Error(ErrorCode::corrupt,
+                  "message body (" + std::string(to_string(message.header.kind)) + ", " +
+                      number(bytes.size() - kHeaderBytes) + " bytes): its CRC32C is " +
+                      number(crc) + ", the header says " + number(crcs.body));
+    }
+  }
+  const std::span<const std::byte> table = inner.subspan(kHeaderBytes, records * kRecordBytes);
   const std::span<const std::byte> padding =
-      body.subspan(records * kRecordBytes, offset - records * kRecordBytes);
+      inner.subspan(kHeaderBytes + table.size(), offset - kHeaderBytes - table.size());
   if (std::any_of(padding.begin(), padding.end(), [](std::byte b) { return b != std::byte{0}; })) {
     refuse("the padding after its records is not 0");
   }
   message.records.resize(records);
-  if (records != 0) std::memcpy(message.records.data(), body.data(), records * kRecordBytes);
-  message.payload = body.subspan(offset);
+  if (records != 0) std::memcpy(message.records.data(), table.data(), table.size());
 }
 
 RoundTotals read_round_totals(std::span<const std::byte> payload) {

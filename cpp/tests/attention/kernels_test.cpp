@@ -55,10 +55,10 @@ TEST_P(KernelsOf, NarrowUndoesWiden) {
   for (const DType dtype : {DType::float16, DType::bfloat16}) {
     for (std::uint32_t first = 0; first < (1u << 16); first += 8) {
       std::uint16_t from[8];
-      float wide[8];
+      float wide[16];
       std::uint16_t to[8];
       for (std::uint32_t i = 0; i < 8; ++i) from[i] = static_cast<std::uint16_t>(first + i);
-      kernels.widen[static_cast<int>(dtype)](from, wide, 8, 8);
+      kernels.widen[static_cast<int>(dtype)](from, wide, 8, 16);
       kernels.narrow[static_cast<int>(dtype)](wide, 1.0f, to, 8);
       for (int i = 0; i < 8; ++i) {
         if (!std::isnan(wide[i])) {

@@ -52,6 +52,26 @@ TEST_P(ArenaTest, MapsAndUnmapsInPlace) {
   EXPECT_EQ(used(), 5 * page_);
 }
 
+TEST_P(ArenaTest, WritesAndReadsMappedBytesOnly) {
+  Arena arena(pool_, 4 * page_);
+  arena.map(page_, 2 * page_);
+  const auto bytes = testing::pattern(page_ + 7, 3);
+  arena.write(page_ + 5, bytes);
+  EXPECT_EQ(read(*device_, arena.base() + page_ + 5, bytes.size()), bytes);
+  std::vector<std::byte> back(bytes.size());
+  arena.read(page_ + 5, back);
+  EXPECT_EQ(back, bytes);
+  arena.write(0, {});
+  EXPECT_ERROR(not_resident, "write: not all of the 2 bytes",
+               arena.write(page_ - 1, {back.data(), 2}));
+  EXPECT_ERROR(not_resident, "read: not all of the 2 bytes",
+               arena.read(3 * page_ - 1, {back.data(), 2}));
+  EXPECT_ERROR(not_resident, "write", arena.write(~std::size_t{0}, {back.data(), 2}));
+  EXPECT_EQ(back, bytes);
+  arena.close();
+  EXPECT_ERROR(closed, "", arena.write(page_, bytes));
+}
+
 TEST_P(ArenaTest, RefusesWrongRanges) {
   EXPECT_ERROR(invalid_argument, "reserve_bytes is 0", Arena(pool_, 0));
   Arena arena(pool_, 8 * page_);

@@ -63,7 +63,7 @@ class Receiver : public ::testing::Test {
     put(wire::small_message(header(Kind::round_end, round, through),
                             wire::write_round_end(totals, layers)));
   }
-  void finish() { put(wire::small_message(header(Kind::finish))); }
+  void finish(std::uint64_t rounds) { put(wire::small_message(header(Kind::finish, rounds))); }
 
   std::byte at(std::size_t place, std::uint64_t slot) const {
     const std::vector<std::byte> bytes = memory.layers[place]->slot(slot);
@@ -103,7 +103,7 @@ TEST_F(Receiver, AnOlderGenerationNeverOverwritesANewerOne) {
     EXPECT_EQ(at(1, s), std::byte{0}) << s;
   }
   EXPECT_EQ(running->receiver.stats().overtaken_slots, 4U);
-  finish();
+  finish(2);
   EXPECT_FALSE(running->outcome());
 }
 
@@ -131,7 +131,7 @@ TEST_F(Receiver, DuplicatedAndReorderedMessagesAreHarmless) {
   running->receiver.wait_applied(5, soon());
   data(header(Kind::data, 0, 5, 0), {{0, 1, 4, 2}}, std::byte{77});  // of a round that is over
   round_end(0, 5, {2, 2, 8});
-  finish();
+  finish(1);
   EXPECT_FALSE(running->outcome());
   EXPECT_EQ(at(0, 0), std::byte{1});
   EXPECT_EQ(at(0, 8), std::byte{2});
@@ -144,7 +144,7 @@ TEST_F(Receiver, ADroppedMessageHoldsTheGateAndIsNamedAtTheEnd) {
   data(header(Kind::data, 0, 5, 0), {{0, 1, 4, 2}}, std::byte{1});
   round_end(0, 5, {2, 2, 8});
   EXPECT_EQ(code_of([&] { running->receiver.wait_applied(5, shortly()); }), ErrorCode::timeout);
-  finish();
+  finish(1);
   const Error error = failure();
   EXPECT_EQ(error.code(), ErrorCode::protocol);
   EXPECT_NE(std::string(error.what()).find("round 0 has 1 of 2 messages"), std::string::npos)
@@ -202,7 +202,7 @@ TEST_P(BadRecords, AreRefusedAndTheSourceIsTold) {
   static_cast<void>(wire_end->receive(soon()));  // its hello
   wire_end->release();
   wire::Message message;
-  wire::open_message(wire_end->receive(soon()), {}, message);
+  wire::open_message(wire_end->receive(soon()), nullptr, message);
   EXPECT_EQ(message.header.kind, Kind::abort);
   const std::string reason(reinterpret_cast<const char*>(message.payload.data()),
                            message.payload.size());
@@ -312,10 +312,19 @@ TEST_F(Receiver, RepeatedRegionPiecesAreHarmlessAndAMissingOneIsSeen) {
   running->receiver.wait_region(9, soon());
   piece(0, 60, std::byte{3});  // complete, so it stays as it is
   put(wire::small_message(end));
-  finish();
+  finish(0);
   EXPECT_FALSE(running->outcome());
   EXPECT_EQ(region[0], std::byte{1});
   EXPECT_EQ(region[99], std::byte{2});
+}
+
+TEST_F(Receiver, AFinishThatOvertakesARoundIsRefused) {
+  hello();
+  finish(1);  // as if it had been reordered before the only round
+  const Error error = failure();
+  EXPECT_EQ(error.code(), ErrorCode::protocol);
+  EXPECT_NE(std::string(error.what()).find("ends 1 rounds, complete are 0"), std::string::npos)
+      << error.what();
 }
 
 TEST_F(Receiver, ARegionEndTooEarlyIsRefused) {

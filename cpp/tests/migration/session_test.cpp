@@ -61,7 +61,7 @@ class Session : public ::testing::TestWithParam<ChannelKind> {
   EndMemory target;
 };
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Session, ::testing::Values(ChannelKind::shm, ChannelKind::tcp),
+INSTANTIATE_TEST_SUITE_P(Kinds, Session, PIPELIVE_CHANNEL_KINDS,
                          [](const auto& kind) { return test::name_of(kind.param); });
 
 TEST_P(Session, BulkRoundsAndTail) {
@@ -74,6 +74,7 @@ TEST_P(Session, BulkRoundsAndTail) {
   EXPECT_EQ(bulk.slots, 3 * source.slots());
   EXPECT_EQ(bulk.skipped_slots, 0U);
   sender.wait_applied(10, soon());
+  running.receiver.wait_applied(10, soon());
   expect_equal(source, target, all);
   source.layers[1]->fill(99);
   const std::vector<SlotRange> dirty{{3, 1}, {17, 30}};
@@ -108,6 +109,7 @@ TEST_P(Session, RoundsOfManySmallMessages) {
       EXPECT_EQ(stats.messages, stats.slots);
     }
     sender.finish(soon());
+    EXPECT_FALSE(running.outcome());
     expect_equal(source, target, ranges);
   }
 }
@@ -167,6 +169,7 @@ TEST_P(Session, VerifyNamesTheLayer) {
   sender.send_round(0, 1, all, {}, soon());
   sender.wait_applied(1, soon());
   EXPECT_EQ(sender.verify(all, soon()), 3 * source.slots());
+  running.receiver.wait_applied(1, soon());
   target.layers[1]->bytes[100] ^= std::byte{4};
   std::string text;
   EXPECT_EQ(code_of([&] { sender.verify(all, soon()); }, &text), ErrorCode::corrupt);
@@ -366,6 +369,7 @@ TEST_P(Session, RateLimitHoldsAndCanBeLifted) {
   const RoundStats stats = sending.get();
   EXPECT_LT(stats.busy_seconds, 20.0);
   sender.finish(soon());
+  EXPECT_FALSE(running.outcome());
   expect_equal(source, target, all);
 }
 

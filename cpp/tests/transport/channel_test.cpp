@@ -47,8 +47,7 @@ std::vector<std::byte> take(Channel& channel) {
 // What every channel promises, whatever carries it.
 class ChannelContract : public ::testing::TestWithParam<ChannelKind> {};
 
-INSTANTIATE_TEST_SUITE_P(Kinds, ChannelContract,
-                         ::testing::Values(ChannelKind::shm, ChannelKind::tcp),
+INSTANTIATE_TEST_SUITE_P(Kinds, ChannelContract, PIPELIVE_CHANNEL_KINDS,
                          [](const auto& kind) { return test::name_of(kind.param); });
 
 TEST_P(ChannelContract, CarriesMessagesBothWaysInOrder) {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +20,10 @@ class SocketLoop:
     """Runs a zmq socket in a thread of its own, since zmq sockets belong to one thread.
 
     ``on_message`` gets the frames of each message, ``on_tick`` is called about every ``tick``
-    seconds; both run in the loop's thread and must not block.
+    seconds; both run in the loop's thread and must not block. So do ``on_event``, which gets what
+    happens to the socket's connections where ``events`` asks for it (zmq.EVENT_*), and
+    ``on_unsent``, which gets the first frame of a message that could not be sent since its receiver
+    has gone.
     """
 
     def __init__(
@@ -29,6 +33,10 @@ class SocketLoop:
         on_message: Callable[[list[bytes]], None],
         on_tick: Callable[[], None],
         tick: float = 0.5,
+        *,
+        events: int = 0,
+        on_event: Callable[[int], None] | None = None,
+        on_unsent: Callable[[bytes], None] | None = None,
     ) -> None:
         self._outbox: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -38,7 +46,9 @@ class SocketLoop:
         self._on_tick = on_tick
         self._tick = tick
         self._stopping = threading.Event()
+        self._events, self._on_event, self._on_unsent = events, on_event, on_unsent
         self._socket = make_socket()
+        self._monitor = self._socket.get_monitor_socket(events) if on_event is not None else None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -67,6 +77,8 @@ class SocketLoop:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
         next_tick = 0.0
         try:
             while not self._stopping.is_set():
@@ -79,13 +91,22 @@ class SocketLoop:
                     with contextlib.suppress(BlockingIOError):
                         self._wake_reader.recv(4096)
                 self._flush()
+                if self._monitor is not None and self._monitor in ready:
+                    self._watch(self._monitor)
                 if self._socket in ready:
                     self._receive()
             self._flush()
         except Exception:
             _log.exception("%s ended by an error", self._thread.name)
         finally:
+            if self._monitor is not None:
+                self._socket.disable_monitor()
             self._socket.close(linger=200)
+
+    def _watch(self, monitor: zmq.Socket[bytes]) -> None:
+        found = recv_monitor_message(monitor)
+        if self._on_event is not None:
+            self._on_event(int(found["event"]))
 
     def _flush(self) -> None:
         while True:
@@ -98,6 +119,8 @@ class SocketLoop:
             except zmq.ZMQError as error:
                 # The peer is gone or its queue is full: whoever waits for an answer has a deadline.
                 _log.debug("%s: a message could not be sent: %s", self._thread.name, error)
+                if error.errno == zmq.EHOSTUNREACH and self._on_unsent is not None:
+                    self._on_unsent(frames[0])
 
     def _receive(self) -> None:
         for _ in range(100):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -24,6 +24,10 @@ _A = TypeVar("_A")
 
 _CHECK_EVERY = 0.05
 """Seconds between two looks at whether the caller still wants the answer."""
+
+
+_PROBE_EVERY = 0.1
+"""Seconds between two looks at whether a participant is still connected."""
 
 
 class _OnlyOurClients:
@@ -63,7 +67,9 @@ class ControlServer:
                 "pipelive-control-server",
                 lambda: self._bind(endpoint),
                 self._on_message,
-                lambda: None,
+                self._probe,
+                _PROBE_EVERY,
+                on_unsent=self._on_gone,
             )
         except BaseException:
             self._authenticator.stop()
@@ -77,7 +83,7 @@ class ControlServer:
             router.curve_server = True
             router.curve_secretkey = endpoint.key.server_secret
             router.curve_publickey = endpoint.key.server_public
-            router.maxmsgsize = wire.MAX_FRAME_BYTES
+            wire.limit(router)
             router.router_mandatory = True
             # A participant that was restarted under its name takes the place of the old one.
             router.router_handover = True
@@ -109,6 +115,21 @@ class ControlServer:
                         f"{self.endpoint.address}"
                     )
                 self._lock.wait(rest)
+
+    def await_loss(self, names: Iterable[str], timeout: float) -> None:
+        """Wait until one of ``names`` is known to have gone, or for ``timeout`` seconds."""
+        end = time.monotonic() + timeout
+        with self._lock:
+            while not self._closed and all(name in self._peers for name in names):
+                rest = end - time.monotonic()
+                if rest <= 0:
+                    return
+                self._lock.wait(rest)
+
+    def is_connected(self, name: str) -> bool:
+        """Whether ``name`` has announced itself and has not gone since."""
+        with self._lock:
+            return name in self._peers
 
     def start(self, name: str, body: Request) -> Future[Answer]:
         """Send a request to the participant ``name``; the future holds its answer."""
@@ -179,6 +200,28 @@ class ControlServer:
         self._authenticator.stop()
         self._context.destroy(linger=200)
 
+    def _probe(self) -> None:
+        """Say something to everybody: to a connection that has ended it cannot be said."""
+        with self._lock:
+            known = [peer.identity for peer in self._peers.values()]
+        for identity in known:
+            self._loop.send([identity, wire.encode(wire.Welcome())])
+
+    def _on_gone(self, identity: bytes) -> None:
+        """A message could not be sent since its receiver's connection has ended."""
+        with self._lock:
+            name = self._names.pop(identity, None)
+            peer = self._peers.get(name) if name is not None else None
+            if peer is None or name is None or peer.identity != identity:
+                return
+            del self._peers[name]
+            lost = list(peer.pending.values())
+            self._lock.notify_all()
+        _log.info("%s has gone", name)
+        for future in lost:
+            if not future.done():
+                future.set_exception(ClosedError(f"{name} has gone: its connection has ended"))
+
     def _on_message(self, frames: list[bytes]) -> None:
         if len(frames) != 2:
             raise ProtocolError(f"a control message has {len(frames)} frames, expected 2")
@@ -215,7 +258,8 @@ class ControlServer:
             name = self._names.get(identity)
             peer = self._peers.get(name) if name is not None else None
             if peer is None or name is None or peer.identity != identity:
-                raise ProtocolError("an answer came from somebody who is not a participant")
+                _log.debug("an answer came from somebody who is not a participant any more")
+                return
             future = peer.pending.pop(frame.number, None)
         if future is None or future.done():
             return

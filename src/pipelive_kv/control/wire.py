@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
+import zmq
 
 from pipelive_kv.errors import PipeliveError, ProtocolError, by_name
 from pipelive_kv.messages import Answer, Request
 
-VERSION = 1
+VERSION = 2
 """Raised with every change of a message; unlike versions refuse each other by name."""
+
+HEARTBEAT_SECONDS = 2.0
+"""How often a connection that carries nothing is tried."""
+
+SILENCE_SECONDS = 30.0
+"""A connection that is silent for that long counts as lost: its machine has gone, or its process is
+stopped. A process that ends is noticed at once, since the system closes its connections."""
 
 MAX_FRAME_BYTES = 16 << 20
 """A larger frame is refused by the socket before it is read into memory."""
@@ -56,6 +64,13 @@ Frame: TypeAlias = Hello | Welcome | Call | Reply | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+def limit(socket: zmq.Socket[Any]) -> None:
+    """Bound what a socket takes, and how long it believes in a silent connection."""
+    socket.maxmsgsize = MAX_FRAME_BYTES
+    socket.heartbeat_ivl = int(HEARTBEAT_SECONDS * 1000)
+    socket.heartbeat_timeout = int(SILENCE_SECONDS * 1000)
 
 
 def encode(frame: Frame) -> bytes:

@@ -3,78 +3,112 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelive_kv.control import ControlServer
 from pipelive_kv.errors import PipeliveError
 from pipelive_kv.messages import Request
+from pipelive_kv.protocol import Course, event_of
+
+SCHEDULER_NAME = "scheduler"
 
 _A = TypeVar("_A")
 
 
 class Fanout:
-    """Talks to the scheduler and to the stages through one control server."""
+    """Talks to the scheduler and to the stages through one control server.
 
-    def __init__(self, server: ControlServer, stages: tuple[str, ...]) -> None:
+    With a ``course``, nothing is asked that the protocol does not allow in the job's phase.
+    """
+
+    def __init__(
+        self, server: ControlServer, stages: tuple[str, ...], course: Course | None = None
+    ) -> None:
         self.server = server
         self.stages = stages
+        self._course = course
         self._check: Callable[[], object] | None = None
 
     @contextmanager
     def checking(self, check: Callable[[], object]) -> Iterator[None]:
         """Have ``check`` called now and then while answers are awaited; it may raise."""
-        self._check = check
+        before, self._check = self._check, check
         try:
             yield
         finally:
-            self._check = None
+            self._check = before
 
     def all(
         self, request: Callable[[int], Request], kind: type[_A], timeout: float
     ) -> tuple[_A, ...]:
         """Ask every stage, ``request(rank)``; wait for all answers, then raise the first error."""
-        answers, errors = self._ask(request, kind, timeout)
-        if errors:
-            raise errors[0]
+        answers, errors = self._ask(request, kind, timeout, range(len(self.stages)))
+        for error in errors.values():
+            raise error
         return tuple(answers)
 
     def try_all(
-        self, request: Callable[[int], Request], kind: type[_A], timeout: float
-    ) -> list[PipeliveError]:
-        """Ask every stage; the errors instead of the answers."""
-        return self._ask(request, kind, timeout)[1]
+        self,
+        request: Callable[[int], Request],
+        kind: type[_A],
+        timeout: float,
+        ranks: Iterable[int] | None = None,
+    ) -> dict[str, PipeliveError]:
+        """Ask every stage, or those of ``ranks``; the errors, by name, instead of the answers."""
+        chosen = range(len(self.stages)) if ranks is None else ranks
+        return self._ask(request, kind, timeout, chosen)[1]
 
     def scheduler(self, request: Request, kind: type[_A], timeout: float) -> _A:
         """Ask the scheduler."""
-        future = self.server.start("scheduler", request)
-        return self.server.finish("scheduler", request, future, kind, timeout, self._check)
+        event = event_of(request)
+        if self._course is not None:
+            self._course.check_ask(event)
+        future = self.server.start(SCHEDULER_NAME, request)
+        answer = self.server.finish(SCHEDULER_NAME, request, future, kind, timeout, self._check)
+        if self._course is not None:
+            self._course.answered(event)
+        return answer
 
     def try_scheduler(
         self, request: Request, kind: type[_A], timeout: float
-    ) -> list[PipeliveError]:
+    ) -> dict[str, PipeliveError]:
         """Ask the scheduler; the error, if there was one, instead of the answer."""
         try:
             self.scheduler(request, kind, timeout)
         except PipeliveError as error:
-            return [error]
-        return []
+            return {SCHEDULER_NAME: error}
+        return {}
+
+    def missing(self) -> list[str]:
+        """Who is not connected at this moment."""
+        names = (SCHEDULER_NAME, *self.stages)
+        return [name for name in names if not self.server.is_connected(name)]
 
     def _ask(
-        self, request: Callable[[int], Request], kind: type[_A], timeout: float
-    ) -> tuple[list[_A], list[PipeliveError]]:
+        self,
+        request: Callable[[int], Request],
+        kind: type[_A],
+        timeout: float,
+        ranks: Iterable[int],
+    ) -> tuple[list[_A], dict[str, PipeliveError]]:
         end = time.monotonic() + timeout
-        sent = [
-            (name, body, self.server.start(name, body))
-            for name, body in ((name, request(rank)) for rank, name in enumerate(self.stages))
-        ]
+        bodies = [(self.stages[rank], request(rank)) for rank in ranks]
+        events = {event_of(body) for _, body in bodies}
+        if self._course is not None:
+            for event in events:
+                self._course.check_ask(event)
+        sent = [(name, body, self.server.start(name, body)) for name, body in bodies]
         answers: list[_A] = []
-        errors: list[PipeliveError] = []
+        errors: dict[str, PipeliveError] = {}
         for name, body, future in sent:
             try:
                 rest = end - time.monotonic()
                 answers.append(self.server.finish(name, body, future, kind, rest, self._check))
             except PipeliveError as error:
-                errors.append(error)
+                errors[name] = error
+        if self._course is not None and not errors:
+            for event in events:
+                self._course.answered(event)
         return answers, errors

@@ -6,16 +6,25 @@ import threading
 import time
 from collections.abc import Callable
 
-from pipelive_kv.coordinator.report import Phase, PhaseSpan, Report
-from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
+from pipelive_kv.coordinator.report import PhaseSpan, Report
+from pipelive_kv.errors import CancelledError, ClosedError, DeadlineError, PipeliveError
+from pipelive_kv.protocol import Course, Phase
 
 
 class Job:
     """A handle on a reconfiguration that runs in a thread of the coordinator."""
 
-    def __init__(self, timeout: float, on_phase: Callable[[Phase], None] | None) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        on_phase: Callable[[Phase], None] | None = None,
+        *,
+        start: Phase = Phase.PLANNED,
+    ) -> None:
         self._lock = threading.Condition()
-        self._phase = Phase.PLANNED
+        self.course = Course(start)
+        self._left = False
+        self._over = False
         self._since_ns = time.monotonic_ns()
         self._ends_at = time.monotonic() + timeout
         self._on_phase = on_phase
@@ -26,7 +35,12 @@ class Job:
     @property
     def phase(self) -> Phase:
         """The phase it is in."""
-        return self._phase
+        return self.course.phase
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens."""
+        return self.phase.is_final or self._over
 
     @property
     def report(self) -> Report:
@@ -55,12 +69,12 @@ class Job:
         """
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            while not self._phase.is_final:
+            while not self.is_over:
                 rest = None if end is None else end - time.monotonic()
                 if rest is not None and rest <= 0:
                     raise DeadlineError(
                         f"the reconfiguration did not end within {timeout:g} s; it is in phase "
-                        f"{self._phase.value}"
+                        f"{self.phase.value}"
                     )
                 self._lock.wait(rest)
             if self._error is not None:
@@ -79,10 +93,10 @@ class Job:
             DeadlineError: the deadline has passed.
         """
         if self._cancelled:
-            raise CancelledError(f"cancelled in phase {self._phase.value}")
+            raise CancelledError(f"cancelled in phase {self.phase.value}")
         rest = self._ends_at - time.monotonic()
         if rest <= 0:
-            raise DeadlineError(f"the deadline passed in phase {self._phase.value}")
+            raise DeadlineError(f"the deadline passed in phase {self.phase.value}")
         return rest
 
     @property
@@ -95,16 +109,43 @@ class Job:
         with self._lock:
             self._report = report
 
-    def enter(self, phase: Phase) -> None:
-        """Go on to the next phase."""
+    def enter(self, phase: Phase, *, lost: bool = False) -> None:
+        """Go on to the next phase, which the protocol must allow; see :meth:`Course.enter`."""
         with self._lock:
             now = time.monotonic_ns()
+            before = self.phase
+            self.course.enter(phase, lost=lost)
             if self._report is not None:
-                self._report.phases.append(PhaseSpan(self._phase, self._since_ns, now))
-            self._phase, self._since_ns = phase, now
+                self._report.phases.append(PhaseSpan(before, self._since_ns, now))
+            self._since_ns = now
             self._lock.notify_all()
         if self._on_phase is not None:
             self._on_phase(phase)
+
+    def end(self) -> None:
+        """Nothing more happens, in whatever phase the job is."""
+        with self._lock:
+            self._over = True
+            self._lock.notify_all()
+
+    def absolve(self) -> None:
+        """What was noted as the reason for an abort did not lead to one."""
+        with self._lock:
+            self._error = None
+
+    def check(self) -> None:
+        """Raise why the job did not end as it was meant to, if so."""
+        if self._error is not None:
+            raise self._error
+
+    def leave(self) -> None:
+        """Let a decided job's thread end: what is left of it is for a coordinator to come."""
+        self._left = True
+
+    def check_left(self) -> None:
+        """Raise ClosedError once :meth:`leave` was called."""
+        if self._left:
+            raise ClosedError(f"the coordinator was closed in phase {self.phase.value}")
 
     def fail(self, error: PipeliveError) -> None:
         """Note why the job does not end as it was meant to."""

@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from pipelive_kv.messages import RoundRecord, Switched
 from pipelive_kv.placement import Move, Placement
-
-
-class Phase(str, Enum):
-    """Where a reconfiguration stands; see docs/design.md, section 5."""
-
-    PLANNED = "planned"
-    ADMITTED = "admitted"
-    STAGING = "staging"
-    PATCHING = "patching"
-    ARMED = "armed"
-    SWITCHING = "switching"
-    RELEASING = "releasing"
-    DONE = "done"
-    ABORTING = "aborting"
-    ABORTED = "aborted"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing more happens."""
-        return self in (Phase.DONE, Phase.ABORTED)
+from pipelive_kv.protocol import Phase
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ STYLES = ("cyan", "dark_orange3", "green3", "medium_purple2", "red3", "grey62", 
 SPARKS = " ▁▂▃▄▅▆▇█"
 LINES = 7
 TEXT_TOKENS = 24
-SHOWN_PHASES = tuple(p for p in Phase if p not in (Phase.ABORTING, Phase.ABORTED))
+UNUSUAL_PHASES = (Phase.ABORTING, Phase.ABORTED, Phase.RECOVERING)
+SHOWN_PHASES = tuple(p for p in Phase if p not in UNUSUAL_PHASES)
 
 
 class LiveView(View):

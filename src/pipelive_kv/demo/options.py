@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class DemoOptions:
         new_tokens: each request's, always that many.
         model: folder of a Hugging Face model; None for the one that the demo brings along.
         transport: how KV travels between stages.
+        device: where the stages run: "cpu", "cuda" (the GPUs in turn) or "cuda:0".
         json: print the report and nothing else.
         quick: a short variant.
         out: folder of report.json, trace.json and timeline.png.
@@ -46,6 +48,7 @@ class DemoOptions:
     new_tokens: int = 128
     model: Path | None = None
     transport: str = "auto"
+    device: str = "cpu"
     json: bool = False
     quick: bool = False
     out: Path = Path("build/demo")
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new-tokens", metavar="N", help="tokens that each request generates (128)")
     add("--model", metavar="DIR", help="folder of a Hugging Face causal model (SmolLM2-135M)")
     add("--transport", metavar="KIND", help="how KV travels: auto, shm or tcp (auto)")
+    add("--device", metavar="NAME", help="where stages run: cpu, cuda, or cuda:0 (cpu)")
     add("--out", metavar="DIR", help="folder for report, trace and timeline (build/demo)")
     add("--json", action="store_true", help="print the report as JSON and nothing else")
     add("--quick", action="store_true", help="fewer requests and tokens, for a slow machine")
@@ -134,6 +138,9 @@ def options_from(arguments: argparse.Namespace) -> DemoOptions:
     transport = arguments.transport if arguments.transport is not None else "auto"
     if transport not in TRANSPORTS:
         raise OptionError(f"--transport is {transport!r}; expected {', '.join(TRANSPORTS)}")
+    device = arguments.device if arguments.device is not None else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise OptionError(f"--device is {device!r}; expected cpu, cuda, or a GPU such as cuda:0")
     model = None if arguments.model is None else Path(arguments.model)
     if model is not None and not (model / "config.json").is_file():
         raise OptionError(f"--model is {str(model)!r}; expected a folder with a config.json")
@@ -148,6 +155,7 @@ def options_from(arguments: argparse.Namespace) -> DemoOptions:
         new_tokens=tokens if tokens is not None else (40 if quick else DemoOptions.new_tokens),
         model=model,
         transport=transport,
+        device=device,
         json=bool(arguments.json),
         quick=quick,
         out=out,

@@ -105,6 +105,7 @@ def prepare(options: DemoOptions, say: Callable[[str], None]) -> Setup:
         chunk=CHUNK,
         max_tokens=longest,
         transport=options.transport,
+        device=options.device,
     )
     name = "SmolLM2-135M-Instruct" if options.model is None else folder.resolve().name
     return Setup(name, source, target, requests, budget, config, decode)

@@ -175,6 +175,7 @@ class TransformersStage(EngineHooks):
         num_stages: of the pipeline.
         kv: gives the KV view of a layer, `KVPool.layer`.
         weights: where embedding, final norm and head come from.
+        device: of layers, KV and everything that `forward` takes and returns: "cpu" or "cuda:0".
 
     Raises:
         WeightsError: if embedding, norm or head cannot be loaded.
@@ -189,11 +190,13 @@ class TransformersStage(EngineHooks):
         num_stages: int,
         kv: Callable[[int], Any],
         weights: SafetensorsSource,
+        device: str | torch.device = "cpu",
     ) -> None:
         if not 0 <= rank < num_stages:
             raise InvalidArgumentError(f"rank is {rank}; expected 0 to {num_stages - 1}")
         self.model = model
         self.rank = rank
+        self.device = torch.device(device)
         self.is_first = rank == 0
         self.is_last = rank == num_stages - 1
         self._parts = model.build()
@@ -208,7 +211,7 @@ class TransformersStage(EngineHooks):
             self._parts.layers[index] = idle
             if index == 0:
                 idle.register_forward_pre_hook(self._enter, with_kwargs=True)
-        _real_buffers(self._parts.model, self._parts.model)
+        _real_buffers(self._parts.model, self._parts.model, self.device)
         norm = getattr(self._parts.base, self._parts.norm_name)
         setattr(self._parts.base, self._parts.norm_name, nn.Identity())
         self._check_transparent()
@@ -335,7 +338,7 @@ class TransformersStage(EngineHooks):
         module = copy.deepcopy(self._templates[layer])
         views = {name: from_dlpack(view) for name, view in arena.tensors(layer).items()}
         module.load_state_dict(views, strict=True, assign=True)
-        _real_buffers(module, self._parts.model)
+        _real_buffers(module, self._parts.model, self.device)
         module.eval().requires_grad_(False)
         module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
         if layer == 0:
@@ -392,7 +395,7 @@ class TransformersStage(EngineHooks):
                 ):
                     full = f"{embedding}.weight"
                 if full not in loaded:
-                    loaded[full] = _load(weights, full, value)
+                    loaded[full] = _load(weights, full, value).to(self.device)
                 state[name] = loaded[full]
             module.load_state_dict(state, strict=True, assign=True)
             module.requires_grad_(False)
@@ -405,12 +408,12 @@ class TransformersStage(EngineHooks):
         the layers) would do it once per stage.
         """
         width, parts = self.model.hidden_size, self._parts
-        probe = torch.linspace(-1, 1, 2 * width).reshape(1, 2, width)
+        probe = torch.linspace(-1, 1, 2 * width, device=self.device).reshape(1, 2, width)
         self._entry = probe.to(getattr(torch, self.model.dtype))
         try:
             result = parts.base(
                 inputs_embeds=self._entry,
-                position_ids=torch.arange(2).unsqueeze(0),
+                position_ids=torch.arange(2, device=self.device).unsqueeze(0),
                 **forward_keywords(self._cache),
             )
             same = torch.equal(result.last_hidden_state, self._entry)
@@ -441,7 +444,7 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     raise UnsupportedModelError(f"{type(model).__name__}: its head is not one of its modules")
 
 
-def _real_buffers(root: nn.Module, model: Any) -> None:
+def _real_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
     """Give every buffer below `root` that is on the meta device its real, computed value.
 
     Buffers are not in the checkpoint (tables of rotary frequencies, scales of embeddings); the
@@ -463,3 +466,4 @@ def _real_buffers(root: nn.Module, model: Any) -> None:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: the value of buffer {name}.{key} is not known"
                 )
+            module._buffers[key] = buffer.to(device)

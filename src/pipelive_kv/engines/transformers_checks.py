@@ -219,3 +219,8 @@ def _check_layers(layers: nn.ModuleList) -> None:
         widths.add(int(getattr(module, "head_dim", 0)))
     if len(widths) != 1:
         raise UnsupportedModelError(f"layers have unlike head dimensions: {sorted(widths)}")
+    for name, _ in layers.named_parameters():
+        if "experts" in name.split("."):
+            # A checkpoint may hold experts one by one where the model holds them in one tensor,
+            # and how many rows an expert gets is up to the batch.
+            raise UnsupportedModelError(f"it is a mixture of experts ({name})")

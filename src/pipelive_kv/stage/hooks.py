@@ -25,7 +25,13 @@ class LayerWeights(Protocol):
         """Fill the weights of ``layer`` from the stage's own source."""
 
     def region(self, layer: int) -> Any:
-        """All bytes of the weights of ``layer`` as one writable buffer."""
+        """Where all bytes of the weights of ``layer`` land, as one writable buffer."""
+
+    def landed(self, layer: int) -> None:
+        """All bytes of :meth:`region` have come."""
+
+    def outgoing(self, layer: int) -> Any:
+        """All bytes of the loaded weights of ``layer`` as one buffer in host memory."""
 
     def drop(self, layer: int) -> None:
         """Give the memory of the weights of ``layer`` back."""

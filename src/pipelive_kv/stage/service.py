@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pipelive_kv.errors import ProtocolError
+from pipelive_kv.errors import DeadlineError, ProtocolError
 from pipelive_kv.messages import (
     Abort,
     Admit,
@@ -54,14 +56,12 @@ class StageService:
         self._key = patch_secret
 
     def handle(self, request: Request) -> Answer:
-        """Answer one request."""
+        """Answer one request, where the protocol's table allows it in the stage's state."""
         match request:
             case Describe():
                 return self._describe()
             case Observe():
                 return self._observe()
-            case Admit():
-                return self._admit(request)
             case AwaitResize():
                 self._await_resize(request.resize, request.timeout)
                 return Done()
@@ -72,42 +72,64 @@ class StageService:
                     f"step {request.seq} to end",
                 )
                 return Done()
-            case Prepare():
-                return self._prepare(request)
-            case Connect():
-                return self._connect(request)
-            case StartCopy():
-                return self._start_copy(request)
-            case LoadWeights():
-                self._session(request.epoch).target.load(request.timeout)
-                return Done()
             case AwaitConverged():
                 return self._await_converged(request)
-            case Arm():
-                return self._arm(request)
-            case Commit():
-                self._session(request.epoch).commit(request.step)
-                return Done()
             case AwaitSwitched():
                 return self._await_switched(request)
-            case Release():
-                return self._release(request)
-            case Grow():
-                self._await_resize(request.resize, request.timeout)
-                self._stage.pool.grow(request.capacity)
-                return Done()
+            case Commit():
+                return self._commit(request)
             case Abort():
                 return self._abort(request)
+            case Admit():
+                self._stage.check("Admit", request.epoch)
+                return self._admit(request)
+            case Prepare():
+                with self._working(request.timeout):
+                    return self._prepare(request)
+            case Connect():
+                with self._working(request.timeout):
+                    return self._connect(request)
+            case StartCopy():
+                with self._working(request.timeout):
+                    return self._start_copy(request)
+            case LoadWeights():
+                with self._working(request.timeout):
+                    return self._load(request)
+            case Arm():
+                with self._working(request.timeout):
+                    return self._arm(request)
+            case Release():
+                with self._working(request.timeout):
+                    return self._release(request)
+            case Grow():
+                self._await_resize(request.resize, request.timeout)
+                with self._working(request.timeout):
+                    self._stage.check("Grow")
+                    if request.capacity > self._stage.pool.capacity:
+                        self._stage.pool.grow(request.capacity)
+                return Done()
             case _:
                 raise ProtocolError(f"a stage does not answer {type(request).__name__}")
 
-    def _session(self, epoch: int) -> StageSession:
-        session = self._stage.session
-        if session is None or session.epoch != epoch:
-            running = "none" if session is None else f"epoch {session.epoch}"
-            raise ProtocolError(
-                f"stage {self._stage.pp_rank} takes part in {running}, not in epoch {epoch}"
+    @contextmanager
+    def _working(self, timeout: float) -> Iterator[None]:
+        """One request at a time changes what the session holds; an abort waits for its end."""
+        if not self._stage.work.acquire(timeout=max(0.0, timeout)):
+            raise DeadlineError(
+                f"stage {self._stage.pp_rank} was busy with another request for {timeout:.1f} s"
             )
+        try:
+            yield
+        finally:
+            self._stage.work.release()
+
+    def _session(self, event: str, epoch: int) -> StageSession:
+        """The session of ``epoch``, in a state that takes ``event``."""
+        with self._stage.lock:
+            self._stage.check(event, epoch)
+            session = self._stage.session
+        if session is None or session.epoch != epoch:
+            raise ProtocolError(f"stage {self._stage.pp_rank} takes no part in epoch {epoch}")
         return session
 
     def _await_resize(self, resize: int, timeout: float) -> None:
@@ -118,6 +140,8 @@ class StageService:
     def _describe(self) -> StageInfo:
         stage = self._stage
         pool, stats = stage.pool, stage.pool.page_pool.stats()
+        with stage.lock:
+            session, state = stage.session, stage.state
         return StageInfo(
             rank=stage.pp_rank,
             epoch=stage.epoch,
@@ -133,6 +157,11 @@ class StageService:
             stack=pool.stack,
             process=os.getpid(),
             last_seq=stage.last_seq,
+            state=state.value,
+            given_up=stage.given_up,
+            session=session.epoch if session is not None else -1,
+            session_stages=session.placement.stages if session is not None else (),
+            session_from=session.old.stages if session is not None else (),
         )
 
     def _observe(self) -> Progress:
@@ -187,6 +216,7 @@ class StageService:
 
     def _prepare(self, request: Prepare) -> Prepared:
         stage = self._stage
+        stage.check("Prepare", request.epoch)
         placement = Placement(request.stages)
         gained = tuple(layer for _, layers in request.incoming for layer in layers)
         expected = set(placement.layers_of(stage.pp_rank)) - set(stage.pool.layers)
@@ -213,8 +243,7 @@ class StageService:
             for source, layers in request.incoming:
                 target.listen(self._listen(request.epoch, source, layers, target, ends_at))
         except BaseException:
-            stage.close_session(request.epoch)
-            target.discard()
+            stage.give_up(session)
             raise
         return Prepared(tuple(incoming.address for incoming in target.incoming))
 
@@ -233,7 +262,12 @@ class StageService:
         def make_receiver(channel: Channel) -> PatchReceiver:
             return PatchReceiver(channel, stage.pool.spec, views, epoch=epoch, regions=regions)
 
-        listener = PatchListener(stage.transport, key=self._key, hello=self._hello(epoch))
+        listener = PatchListener(
+            stage.transport,
+            key=self._key,
+            hello=self._hello(epoch),
+            device=stage.pool.page_pool.device,
+        )
         return Incoming(source, layers, listener, make_receiver, ends_at)
 
     def _hello(self, epoch: int) -> dict[str, str | int | bool]:
@@ -250,7 +284,7 @@ class StageService:
 
     def _connect(self, request: Connect) -> Done:
         stage = self._stage
-        session = self._session(request.epoch)
+        session = self._session("Connect", request.epoch)
         outgoing: list[Outgoing] = []
         ends_at = time.monotonic() + request.timeout
         try:
@@ -260,6 +294,7 @@ class StageService:
                     key=self._key,
                     timeout=request.timeout,
                     hello=self._hello(request.epoch),
+                    device=stage.pool.page_pool.device,
                 )
                 sender = PatchSender(
                     channel,
@@ -279,8 +314,12 @@ class StageService:
                     verify=request.verify,
                     ends_at=ends_at,
                 )
-                with stage.lock:
-                    session.source = source
+            else:
+                source = None
+            with stage.lock:
+                stage.take("Connect", request.epoch)
+                session.source = source
+                if source is not None:
                     source.sealed(session.last_ended)
         except BaseException:
             for move in outgoing:
@@ -289,9 +328,10 @@ class StageService:
         return Done()
 
     def _start_copy(self, request: StartCopy) -> Done:
-        session = self._session(request.epoch)
+        session = self._session("StartCopy", request.epoch)
         source = session.source
         if source is None:
+            self._stage.take("StartCopy", request.epoch)
             return Done()
         weights = self._stage.weights
         send_weights = None
@@ -300,8 +340,9 @@ class StageService:
 
             def send_weights(move: Outgoing) -> None:
                 for layer in move.layers:
-                    move.sender.send_region(layer, arena.region(layer), timeout=request.timeout)
+                    move.sender.send_region(layer, arena.outgoing(layer), timeout=request.timeout)
 
+        self._stage.take("StartCopy", request.epoch)
         source.start(
             request.live,
             max_stop_ms=request.max_stop_ms,
@@ -311,21 +352,44 @@ class StageService:
         return Done()
 
     def _await_converged(self, request: AwaitConverged) -> Converged:
-        source = self._session(request.epoch).source
+        source = self._session("AwaitConverged", request.epoch).source
         if source is None:
             return Converged(0.0, 0, 0)
         return source.await_converged(request.timeout)
 
+    def _load(self, request: LoadWeights) -> Done:
+        self._session("LoadWeights", request.epoch).target.load(request.timeout)
+        self._stage.take("LoadWeights", request.epoch)
+        return Done()
+
     def _arm(self, request: Arm) -> Done:
-        session = self._session(request.epoch)
+        session = self._session("Arm", request.epoch)
         self._stage.hooks.warmup(session.placement)
-        session.arm()
+        with self._stage.lock:
+            self._stage.check("Arm", request.epoch)
+            session.arm()
+            self._stage.take("Arm", request.epoch)
+        return Done()
+
+    def _commit(self, request: Commit) -> Done:
+        with self._stage.lock:
+            self._stage.take("Commit", request.epoch)
+            session = self._stage.session
+            if session is not None:
+                session.commit(request.step)
         return Done()
 
     def _await_switched(self, request: AwaitSwitched) -> Switched:
         end = time.monotonic() + request.timeout
-        session = self._session(request.epoch)
-        self._stage.wait_until(
+        stage = self._stage
+        with stage.lock:
+            stage.check("AwaitSwitched", request.epoch)
+            session = stage.session
+            if session is None:
+                if stage.last_switched is None:
+                    raise ProtocolError(f"stage {stage.pp_rank} never had a session")
+                return stage.last_switched
+        stage.wait_until(
             lambda: session.switch_step is not None and session.last_ended >= session.switch_step,
             request.timeout,
             f"the first step of epoch {request.epoch}",
@@ -337,33 +401,32 @@ class StageService:
 
     def _release(self, request: Release) -> Done:
         stage = self._stage
-        session = self._session(request.epoch)
-        if session.switch_step is None:
-            raise ProtocolError(
-                f"stage {stage.pp_rank} has not switched to epoch {request.epoch} yet"
-            )
+        with stage.lock:
+            stage.check("Release", request.epoch)
+            session = stage.session
+        if session is None:
+            return Done()
         if session.source is not None:
             session.source.await_tail(request.timeout)
         session.target.finish(request.timeout)
-        stage.close_session(request.epoch)
         if session.lost:
             stage.hooks.retire(session.lost)
             stage.pool.drop_layers(session.lost)
             if stage.weights is not None:
                 for layer in session.lost:
                     stage.weights.drop(layer)
+        stage.close_session(session)
         return Done()
 
     def _abort(self, request: Abort) -> Done:
-        session = self._stage.session
-        if session is None or session.epoch != request.epoch:
-            return Done()
-        with self._stage.lock:
-            if session.switch_step is not None:
-                raise ProtocolError(
-                    f"stage {self._stage.pp_rank} runs epoch {request.epoch} already: it cannot be "
-                    "aborted"
-                )
-            self._stage.close_session(request.epoch)
-        session.discard()
+        stage = self._stage
+        with stage.lock:
+            stage.take("Abort", request.epoch)
+            session = stage.session
+            if session is None or session.epoch != request.epoch:
+                stage.fence(request.epoch)
+                return Done()
+        session.interrupt()
+        with self._working(request.timeout):
+            stage.give_up(session)
         return Done()

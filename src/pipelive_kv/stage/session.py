@@ -19,13 +19,13 @@ class StageSession:
     ) -> None:
         self.epoch = epoch
         self.rank = rank
+        self.old = old
         self.placement = placement
         self.lost = tuple(
             layer for layer in old.layers_of(rank) if layer not in set(placement.layers_of(rank))
         )
         self.target = target
         self.source: SourceSession | None = None
-        self.armed = False
         self.switch_step: int | None = None
         self._last_ended = -1
         self._last_old_end_ns = 0
@@ -57,8 +57,7 @@ class StageSession:
             )
         self.target.check()
         if self.source is not None:
-            self.source.check()
-        self.armed = True
+            self.source.promise()
 
     def switch(self, step: int) -> None:
         """Called in the engine's thread before step ``step``, the first of the new placement."""
@@ -104,6 +103,12 @@ class StageSession:
             else "",
             verified_slots=source.verified_slots if source is not None else 0,
         )
+
+    def interrupt(self) -> None:
+        """End what waits for a peer, so that :meth:`discard` does not have to wait for it."""
+        if self.source is not None:
+            self.source.interrupt()
+        self.target.interrupt()
 
     def discard(self) -> None:
         """Everything as it was before the session: nothing is sent or written any more."""

@@ -137,11 +137,16 @@ class SourceSession:
         """Wait until every write of the old placement is applied at the targets."""
         self._wait(lambda: self._shared.tail_done, timeout, "to send the tail")
 
-    def check(self) -> None:
-        """Raise what the patch thread raised, if it did."""
+    def promise(self) -> None:
+        """Go on patching until the outcome is known, however long that takes: the vote.
+
+        Raises:
+            PipeliveError: what the patch thread raised; it is too late for a promise.
+        """
         with self._lock:
             if self._shared.error is not None:
                 raise self._shared.error
+            self._ends_at = math.inf
 
     @property
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -165,13 +170,17 @@ class SourceSession:
         """The prediction that let the session converge, 0 before."""
         return self._shared.converged.predicted_stop_ms if self._shared.converged else 0.0
 
-    def cancel(self) -> None:
-        """End the patch thread; nothing is sent when this has returned. May be called twice."""
+    def interrupt(self) -> None:
+        """Let the patch thread end, without waiting for it. May be called twice."""
         with self._lock:
             self._shared.stopping = True
             self._lock.notify_all()
         for move in self.outgoing:
             move.sender.cancel()
+
+    def cancel(self) -> None:
+        """End the patch thread; nothing is sent when this has returned. May be called twice."""
+        self.interrupt()
         if self._thread is not None:
             self._thread.join(timeout=JOIN_TIMEOUT)
 
@@ -275,8 +284,11 @@ class SourceSession:
                 or shared.sealed > sent_through
                 or (shared.limit is not None and sent_through >= shared.limit)
             ):
-                if not self._lock.wait(self._rest()):
-                    continue  # no step ended: the engine is idle, or the deadline has passed
+                self._rest()
+                # Nothing may come: the engine is idle, or the deadline passes.
+                self._lock.wait(min(TRANSFER_TIMEOUT, self._ends_at - time.monotonic()))
+            if shared.sealed <= sent_through:
+                return
         # The engine has ended the step; the GPU may still be at it.
         with contextlib.suppress(DeadlineError):
             self._tracker.wait_sealed(sent_through + 1, _LOOK_AGAIN)
@@ -305,10 +317,14 @@ class SourceSession:
         return self._tracker.collect().through_seq
 
     def _rest(self) -> float:
-        rest = self._ends_at - time.monotonic()
-        if rest <= 0:
-            raise DeadlineError(f"the migration of epoch {self.epoch} ran past its deadline")
-        return min(rest, TRANSFER_TIMEOUT)
+        """How long a message may take: not the session's deadline, which ends with a promise."""
+        with self._lock:
+            if time.monotonic() >= self._ends_at:
+                self._shared.error = DeadlineError(
+                    f"the migration of epoch {self.epoch} ran past its deadline"
+                )
+                raise self._shared.error
+        return TRANSFER_TIMEOUT
 
     def _wait(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
         end = time.monotonic() + timeout

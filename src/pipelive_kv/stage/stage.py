@@ -19,10 +19,11 @@ from pipelive_kv.errors import (
     ProtocolError,
 )
 from pipelive_kv.kv import KVPool
-from pipelive_kv.messages import Stamp
+from pipelive_kv.messages import Stamp, Switched
 from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.protocol import DISCARDED, STAGE, STAMP_K, Age, StageState, age_of
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
-from pipelive_kv.stage.limits import GATE_TIMEOUT
+from pipelive_kv.stage.limits import GATE_TIMEOUT, JOIN_TIMEOUT
 from pipelive_kv.stage.service import StageService
 from pipelive_kv.stage.session import StageSession
 from pipelive_kv.tracker import DirtyTracker
@@ -67,7 +68,8 @@ class Stage:
         weights: the memory of the layers' weights; None where the engine loads them by itself.
         control: where the coordinator listens; None for a stage that never takes part in a
             reconfiguration.
-        transport: how KV arrives: ``shm``, ``tcp``, or ``auto`` for the best that both ends can do.
+        transport: how KV arrives: ``shm``, ``tcp``, ``p2p``, ``nccl``, or ``auto`` for the best of
+            them that both ends can do.
         gate_timeout: seconds that a step waits for the KV of a gained layer.
         marks_on_device: whether steps may leave it to their appends on a GPU to mark what they
             write, see :meth:`begin`; the pool lies on a GPU then.
@@ -96,8 +98,10 @@ class Stage:
             raise InvalidArgumentError(
                 f"the placement has {placement.num_layers} layers, the pool {pool.num_layers}"
             )
-        if transport not in ("auto", "shm", "tcp"):
-            raise InvalidArgumentError(f"transport is {transport!r}, expected auto, shm or tcp")
+        if transport not in ("auto", "shm", "tcp", "p2p", "nccl"):
+            raise InvalidArgumentError(
+                f"transport is {transport!r}, expected auto, shm, tcp, p2p or nccl"
+            )
         if placement.layers_of(pp_rank) != tuple(pool.layers):
             raise InvalidArgumentError(
                 f"stage {pp_rank} of placement {placement} holds layers "
@@ -115,6 +119,8 @@ class Stage:
             device=pool.page_pool.device if marks_on_device else None,
         )
         self.lock = threading.Condition()
+        self.work = threading.Lock()
+        """Held by whoever changes what the session holds, one request at a time."""
         self._placement = placement
         self._layers = placement.layers_of(pp_rank)
         self._epoch = 0
@@ -123,6 +129,9 @@ class Stage:
         self._open: Step | None = None
         self._resize = 0
         self._session: StageSession | None = None
+        self._state = STAGE.start
+        self._given_up = -1
+        self._last_switched: Switched | None = None
         self._last_end_ns = 0
         self._closed = False
         self._client: ControlClient | None = None
@@ -225,9 +234,17 @@ class Stage:
     def close(self) -> None:
         """Give up what is under way and leave the control plane. May be called twice."""
         self._closed = True
-        session = self._session
-        if session is not None and session.switch_step is None:
-            session.discard()
+        with self.lock:
+            session = self._session
+            undecided = session is not None and session.switch_step is None
+        if session is not None and undecided:
+            session.interrupt()
+            # A hook that does not return keeps no more than its own thread waiting.
+            if self.work.acquire(timeout=JOIN_TIMEOUT):
+                try:
+                    session.discard()
+                finally:
+                    self.work.release()
         if self._client is not None:
             self._client.close()
         with self.lock:
@@ -248,13 +265,18 @@ class Stage:
 
     def _activate(self, stamp: Stamp) -> None:
         start = time.monotonic_ns()
-        session = self._session
-        if session is None or session.epoch != stamp.epoch or not session.armed:
-            raise ProtocolError(
-                f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} is "
-                f"not armed; it runs epoch {self._epoch}"
-            )
-        session.switch(stamp.seq)
+        with self.lock:
+            session = self._session
+            try:
+                self.take(STAMP_K, stamp.epoch)
+            except ProtocolError as error:
+                raise ProtocolError(
+                    f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} "
+                    f"is not armed; it runs epoch {self._epoch}: {error}"
+                ) from None
+            if session is None:
+                raise ProtocolError(f"stage {self.pp_rank} has no session to switch")
+            session.switch(stamp.seq)
         self.hooks.activate(session.placement)
         self._placement = session.placement
         self._layers = session.placement.layers_of(self.pp_rank)
@@ -271,26 +293,71 @@ class Stage:
         """The reconfiguration under way."""
         return self._session
 
+    @property
+    def state(self) -> StageState:
+        """Where the stage stands in the protocol."""
+        return self._state
+
+    @property
+    def given_up(self) -> int:
+        """The highest epoch that the stage refuses, since it was given up."""
+        return self._given_up
+
+    @property
+    def last_switched(self) -> Switched | None:
+        """What the last switchover cost, once its session has ended."""
+        return self._last_switched
+
+    def age(self, epoch: int | None) -> Age:
+        """How ``epoch`` stands to what the stage takes part in and runs."""
+        session = self._session.epoch if self._session is not None else None
+        return age_of(epoch, session=session, running=self._epoch, given_up=self._given_up)
+
+    def check(self, event: str, epoch: int | None = None) -> StageState:
+        """The state that ``event`` leads to; raises ProtocolError where it is not allowed."""
+        with self.lock:
+            return STAGE.next(self._state, event, self.age(epoch), f"stage {self.pp_rank}")
+
+    def take(self, event: str, epoch: int | None = None) -> StageState:
+        """Move on as the table says, to the state returned; raises as :meth:`check` does."""
+        with self.lock:
+            self._state = self.check(event, epoch)
+            self.lock.notify_all()
+            return self._state
+
     def open_session(self, session: StageSession) -> None:
         """Take part in a reconfiguration; there is no other one."""
         with self.lock:
             if self._closed:
                 raise ClosedError(f"stage {self.pp_rank} is closed")
-            if self._session is not None:
-                raise ProtocolError(
-                    f"stage {self.pp_rank} still takes part in epoch {self._session.epoch}"
-                )
+            self.take("Prepare", session.epoch)
             self._session = session
             session.step_ended(self.last_seq)
 
-    def close_session(self, epoch: int) -> StageSession | None:
-        """Leave the reconfiguration of ``epoch``; None if the stage takes part in no such one."""
+    def close_session(self, session: StageSession) -> None:
+        """The session has released what was given away."""
         with self.lock:
-            session = self._session
-            if session is None or session.epoch != epoch:
-                return None
+            self.take("Release", session.epoch)
+            self._last_switched = session.report()
             self._session = None
-            return session
+
+    def give_up(self, session: StageSession) -> None:
+        """Everything as it was before ``session``; call with :attr:`work` held."""
+        with self.lock:
+            if self._session is not session:
+                return
+            if self._state is not StageState.ABORTING:
+                self.take("Abort", session.epoch)
+        session.discard()
+        with self.lock:
+            self.take(DISCARDED, session.epoch)
+            self.fence(session.epoch)
+            self._session = None
+
+    def fence(self, epoch: int) -> None:
+        """Refuse ``epoch`` and all before it from now on."""
+        with self.lock:
+            self._given_up = max(self._given_up, epoch)
 
     def wait_until(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
         """Wait until ``ready()`` holds; it is called again after each step and resize."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipelive_kv.errors import DeadlineError, PipeliveError
+from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.kv import KVPool
 from pipelive_kv.migration import PatchReceiver
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
@@ -83,19 +83,26 @@ class Incoming:
         with self._lock:
             self._check_locked()
 
-    def cancel(self) -> None:
-        """Nothing is written any more when this has returned. May be called twice."""
+    def interrupt(self) -> None:
+        """Let the thread end, without waiting for it. May be called twice."""
         with self._lock:
             self._cancelled = True
             receiver = self._receiver
+            self._lock.notify_all()
         self._listener.close()
         if receiver is not None:
             receiver.cancel()
+
+    def cancel(self) -> None:
+        """Nothing is written any more when this has returned. May be called twice."""
+        self.interrupt()
         self._thread.join(timeout=JOIN_TIMEOUT)
 
     def _check_locked(self) -> None:
         if self._error is not None:
             raise self._error
+        if self._cancelled:
+            raise CancelledError(f"the move from stage {self.source} was cancelled")
 
     def _run(self) -> None:
         channel = None
@@ -195,6 +202,7 @@ class TargetSession:
             for layer in self.layers:
                 receiver = self._source_of[layer].receiver(timeout)
                 receiver.wait_region(layer, timeout=timeout)
+                self._weights.landed(layer)
         if self.layers:
             self._prepared = True
             self._hooks.prepare(self.layers, self._weights)
@@ -218,6 +226,11 @@ class TargetSession:
         """Wait until every source has ended its transfer; the layers are the stage's own now."""
         for incoming in self.incoming:
             incoming.wait_finished(timeout)
+
+    def interrupt(self) -> None:
+        """End what waits for a source, without waiting for the end."""
+        for incoming in tuple(self.incoming):
+            incoming.interrupt()
 
     def discard(self) -> None:
         """Cancel the transfers and give everything back that was gained."""

@@ -35,7 +35,7 @@ class Channel:
 
     @property
     def kind(self) -> str:
-        """``"shm"`` or ``"tcp"``."""
+        """``"shm"``, ``"tcp"``, ``"p2p"`` or ``"nccl"``."""
         kind: str = self._core.kind
         return kind
 
@@ -53,6 +53,12 @@ class Channel:
     def max_message_bytes(self) -> int:
         """The largest message it can carry."""
         size: int = self._core.max_message_bytes
+        return size
+
+    @property
+    def max_bulk_bytes(self) -> int:
+        """The most bytes of device memory that go beside one message from here; 0 for none."""
+        size: int = self._core.max_bulk_bytes
         return size
 
     def send(self, data: Any, timeout: float) -> None:

@@ -166,11 +166,14 @@ def server(key: bytes, hello: Hello, kind: Literal["shm", "tcp"]) -> Handshake:
 
 
 def mismatch(theirs: Hello, ours: Hello) -> str:
-    """The first few fields that both ends name and that differ, in words; empty where none do."""
+    """The first few fields that both ends name and that differ, in words; empty where none do.
+
+    What an end says about its abilities (``transport.*``) is no matter of equality.
+    """
     differing = [
         f"{name} is {theirs[name]!r} at the connecting end, {ours[name]!r} at the listening end"
         for name in sorted(theirs.keys() & ours.keys())
-        if theirs[name] != ours[name]
+        if theirs[name] != ours[name] and not name.startswith("transport.")
     ]
     return "; ".join(differing[:8])
 

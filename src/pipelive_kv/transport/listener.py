@@ -23,7 +23,7 @@ from pipelive_kv.errors import (
     PipeliveError,
     ProtocolError,
 )
-from pipelive_kv.transport import handshake
+from pipelive_kv.transport import handshake, paths
 from pipelive_kv.transport.address import Address, boot_id
 from pipelive_kv.transport.channel import Channel
 from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
@@ -55,15 +55,20 @@ class PatchListener:
     """Waits for the source of a move to connect.
 
     Args:
-        kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"auto"`` offers
-            both and lets the connecting end take shared memory where it can.
+        kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"p2p"``: the same,
+            and payloads go from device memory to device memory; ``"nccl"``: payloads go by NCCL,
+            the rest over TCP; ``"auto"`` takes the best of all that both ends can do, and falls
+            back where setting it up fails. :attr:`Channel.reason` says what was taken and why.
         key: the shared secret, 16 bytes or more.
         host: the address that TCP listens on. Nothing but loopback unless it is given.
         ring_bytes: of a shared-memory channel, for each direction; bounds its largest message.
+        device: the core's device that the moving layers lie on (``PagePool.device``); None for
+            host memory.
         hello: what this end says about itself. A field that both ends name must be equal, else both
             raise ProtocolError naming it.
         max_pending: connections that may be in their handshake at one time.
         handshake_timeout: seconds that a handshake may take.
+        nccl_timeout: seconds that an NCCL communicator may take to come up.
 
     Raises InvalidArgumentError, and DeviceError where the address cannot be listened on.
     """
@@ -76,20 +81,29 @@ class PatchListener:
         host: str = "127.0.0.1",
         ring_bytes: int = SHM_RING_BYTES,
         hello: Hello | None = None,
+        device: Any = None,
         max_pending: int = MAX_PENDING,
         handshake_timeout: float = HANDSHAKE_SECONDS,
+        nccl_timeout: float = paths.NCCL_SECONDS,
     ) -> None:
-        if kind not in ("tcp", "shm", "auto"):
-            raise InvalidArgumentError(f"kind is {kind!r}, expected 'tcp', 'shm' or 'auto'")
+        if kind not in ("tcp", "shm", "p2p", "nccl", "auto"):
+            raise InvalidArgumentError(
+                f"kind is {kind!r}, expected 'tcp', 'shm', 'p2p', 'nccl' or 'auto'"
+            )
+        if kind in ("p2p", "nccl") and device is None:
+            raise InvalidArgumentError(f"kind is {kind!r}, which needs a device")
         if max_pending < 1:
             raise InvalidArgumentError(f"max_pending is {max_pending}, expected 1 or more")
         if not 0 < ring_bytes <= 1 << 40:
             raise InvalidArgumentError(f"ring_bytes is {ring_bytes}, expected 1 to 2**40")
         self._key = handshake.check_key(key)
-        self._hello: Hello = dict(hello or {})
+        self._device = device
+        self._abilities = paths.abilities(device, kind)
+        self._hello: Hello = {**(hello or {}), **self._abilities.hello()}
         self._ring_bytes = ring_bytes
         self._max_pending = max_pending
         self._handshake_timeout = handshake_timeout
+        self._nccl_timeout = nccl_timeout
         self._pending: list[_Pending] = []
         self._refused: list[str] = []
         self._closed = False
@@ -102,12 +116,12 @@ class PatchListener:
             undo.callback(os.close, self._wake_write)
             self._sockets: dict[socket.socket, Literal["shm", "tcp"]] = {}
             bound_host, port, path = "", 0, ""
-            if kind != "shm":
+            if kind not in ("shm", "p2p"):
                 listening = _listen_tcp(host)
                 undo.callback(listening.close)
                 self._sockets[listening] = "tcp"
                 bound_host, port = listening.getsockname()[:2]
-            if kind != "tcp":
+            if kind not in ("tcp", "nccl"):
                 path = f"@pipelive-{secrets.token_hex(16)}"
                 listening = _listen_unix(path)
                 undo.callback(listening.close)
@@ -248,20 +262,34 @@ class PatchListener:
         self._refused = [*self._refused[-15:], reason]
 
     def _finish(self, pending: _Pending, agreed: Agreed) -> Channel:
+        peer = paths.Abilities.of_hello(agreed.hello)
+        patience = self._handshake_timeout
+        if paths.choose(peer, self._abilities, pending.kind)[0] == "nccl":
+            patience += self._nccl_timeout
+        pending.socket.setblocking(True)
+        setup = paths.set_up_target(
+            pending.socket,
+            self._device,
+            self._abilities,
+            peer,
+            pending.kind,
+            time.monotonic() + patience,
+        )
+        base = self._base_channel(pending)
+        reason = f"the connecting end came over {pending.kind}; {setup.why}"
+        return Channel(setup.channel(base, patience), reason=reason, hello=_said(agreed))
+
+    def _base_channel(self, pending: _Pending) -> Any:
         if pending.kind == "tcp":
-            core = _tcp_channel(pending.socket)
-        else:
-            memory = _core.shm_memory(self._ring_bytes)
-            try:
-                pending.socket.setblocking(True)
-                pending.socket.settimeout(self._handshake_timeout)
-                socket.send_fds(pending.socket, [b"m"], [memory])
-            except BaseException:
-                os.close(memory)
-                raise
-            core = _core.shm_channel(_detach(pending.socket), memory, 0)
-        reason = f"the connecting end came over {pending.kind}"
-        return Channel(core, reason=reason, hello=agreed.hello)
+            return _tcp_channel(pending.socket)
+        memory = _core.shm_memory(self._ring_bytes)
+        try:
+            pending.socket.settimeout(self._handshake_timeout)
+            socket.send_fds(pending.socket, [b"m"], [memory])
+        except BaseException:
+            os.close(memory)
+            raise
+        return _core.shm_channel(_detach(pending.socket), memory, 0)
 
 
 def connect(
@@ -270,11 +298,14 @@ def connect(
     key: bytes,
     timeout: float,
     hello: Hello | None = None,
+    device: Any = None,
 ) -> Channel:
     """Connect to a :class:`PatchListener` and prove to each other that both hold ``key``.
 
     For an ``auto`` address, shared memory is taken where the listener is on this host and its Unix
-    socket can be reached; :attr:`Channel.reason` says what was taken and why.
+    socket can be reached. Over that, payloads go from the memory of ``device`` (where the moving
+    layers lie; the core's, None for host memory) to the listener's by P2P or NCCL where both ends
+    can and the listener's kind allows it. :attr:`Channel.reason` says what was taken and why.
 
     Raises DeadlineError after ``timeout`` seconds, ProtocolError where the peer does not hold the
     key or differs in a field of ``hello`` (named), ClosedError where it hangs up, DeviceError where
@@ -283,35 +314,60 @@ def connect(
     handshake.check_key(key)
     ends_at = time.monotonic() + timeout
     where = Address.parse(address)
-    said: Hello = dict(hello or {})
+    said = _Own(key, dict(hello or {}), device, paths.abilities(device, "auto"))
     if where.kind == "tcp":
-        return _connect_tcp(where, key, said, ends_at, "the address is one for tcp")
+        return _connect_tcp(where, said, ends_at, "the address is one for tcp")
     if where.kind == "shm":
-        return _connect_shm(where, key, said, ends_at, "the address is one for shared memory")
+        return _connect_shm(where, said, ends_at, "the address is one for shared memory")
     own = boot_id()
     if not own or own != where.boot_id:
         why = f"the listener is on another host (boot id {where.boot_id[:8]}, here {own[:8]})"
-        return _connect_tcp(where, key, said, ends_at, why)
+        return _connect_tcp(where, said, ends_at, why)
     try:
         why = "the listener is on this host"
-        return _connect_shm(where, key, said, ends_at, why)
+        return _connect_shm(where, said, ends_at, why)
     except DeviceError as error:
         why = f"the listener is on this host, but its Unix socket is out of reach: {error}"
-        return _connect_tcp(where, key, said, ends_at, why)
+        return _connect_tcp(where, said, ends_at, why)
 
 
-def _connect_tcp(where: Address, key: bytes, hello: Hello, ends_at: float, why: str) -> Channel:
+@dataclass(frozen=True)
+class _Own:
+    """What the connecting end brings."""
+
+    key: bytes
+    hello: Hello
+    device: Any
+    abilities: paths.Abilities
+
+    def handshake(self) -> Handshake:
+        return handshake.client(self.key, {**self.hello, **self.abilities.hello()})
+
+    def set_up(
+        self, connected: socket.socket, agreed: Agreed, base: str, ends_at: float
+    ) -> paths.Setup:
+        peer = paths.Abilities.of_hello(agreed.hello)
+        return paths.set_up_source(connected, self.device, self.abilities, peer, base, ends_at)
+
+
+def _said(agreed: Agreed) -> dict[str, Any]:
+    return {k: v for k, v in agreed.hello.items() if not k.startswith(paths.PREFIX)}
+
+
+def _connect_tcp(where: Address, own: _Own, ends_at: float, why: str) -> Channel:
     with _reaching(where, ends_at):
         connected = socket.create_connection(where.tcp, timeout=_rest(ends_at, where))
     with contextlib.ExitStack() as undo:
         undo.callback(connected.close)
-        agreed = _shake(connected, where, handshake.client(key, hello), "tcp", ends_at)
-        core = _tcp_channel(connected)
+        agreed = _shake(connected, where, own.handshake(), "tcp", ends_at)
+        setup = own.set_up(connected, agreed, "tcp", ends_at)
+        base = _tcp_channel(connected)
         undo.pop_all()
-    return Channel(core, reason=why, hello=agreed.hello)
+    core = setup.channel(base, max(1.0, ends_at - time.monotonic()))
+    return Channel(core, reason=f"{why}; {setup.why}", hello=_said(agreed))
 
 
-def _connect_shm(where: Address, key: bytes, hello: Hello, ends_at: float, why: str) -> Channel:
+def _connect_shm(where: Address, own: _Own, ends_at: float, why: str) -> Channel:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.ExitStack() as undo:
         undo.callback(connected.close)
@@ -319,7 +375,8 @@ def _connect_shm(where: Address, key: bytes, hello: Hello, ends_at: float, why: 
             connected.settimeout(_rest(ends_at, where))
             connected.connect(where.unix)
         _check_same_user(connected)
-        agreed = _shake(connected, where, handshake.client(key, hello), "shm", ends_at)
+        agreed = _shake(connected, where, own.handshake(), "shm", ends_at)
+        setup = own.set_up(connected, agreed, "shm", ends_at)
         with _reaching(where, ends_at):
             connected.settimeout(_rest(ends_at, where))
             data, fds, _, _ = socket.recv_fds(connected, 1, 1)
@@ -330,8 +387,9 @@ def _connect_shm(where: Address, key: bytes, hello: Hello, ends_at: float, why: 
         if not fds:
             raise ProtocolError(f"{where} passed no memory")
         undo.pop_all()
-        core = _core.shm_channel(_detach(connected), fds[0], 1)
-    return Channel(core, reason=why, hello=agreed.hello)
+        base = _core.shm_channel(_detach(connected), fds[0], 1)
+    core = setup.channel(base, max(1.0, ends_at - time.monotonic()))
+    return Channel(core, reason=f"{why}; {setup.why}", hello=_said(agreed))
 
 
 def _shake(

@@ -19,9 +19,12 @@ class WeightTensor:
     """One tensor in a `WeightArena`: DLPack for engines, bytes for whoever fills it.
 
     It is a view: it must not be used, and nothing made from it, after the layer was dropped.
+    `data_bytes` is None where the memory is not the host's.
     """
 
-    def __init__(self, spec: TensorSpec, memory: Any, data_bytes: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self, spec: TensorSpec, memory: Any, data_bytes: npt.NDArray[np.uint8] | None
+    ) -> None:
         self.spec = spec
         self.data_bytes = data_bytes
         self._memory = memory
@@ -41,7 +44,8 @@ class WeightArena:
     """Weights of any set of a model's layers, each mapped while it is held.
 
     Addresses are reserved for every layer, so a layer that comes back lands where it was. A
-    layer's range starts on a page of its own: dropping it gives all its pages back.
+    layer's range starts on a page of its own: dropping it gives all its pages back. On a device
+    other than the host, weights pass through a buffer in host memory on their way in and out.
 
     Args:
         page_pool: where pages come from; its budget bounds what can be held.
@@ -80,7 +84,9 @@ class WeightArena:
         self._ends = [*self._starts[1:], end]
         self._source = None if isinstance(layouts, Sequence) else layouts
         self._arena = Arena(page_pool, max(end, page))
+        self._on_host = page_pool.device.name == "cpu"
         self._held: set[int] = set()
+        self._landing: dict[int, npt.NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -134,6 +140,7 @@ class WeightArena:
             if self.layer_bytes(layer):
                 self._arena.unmap(self._starts[layer], self.layer_bytes(layer))
             self._held.discard(layer)
+            self._landing.pop(layer, None)
 
     def load(self, layer: int) -> None:
         """Fill a held layer from the source that the arena was made with.
@@ -146,23 +153,68 @@ class WeightArena:
         """
         if self._source is None:
             raise WeightsError(f"layer {layer}: the arena was made without a source to load from")
-        self._source.load(layer, self.tensors(layer))
+        if self._on_host:
+            self._source.load(layer, self.tensors(layer))
+            return
+        layer = self._checked(layer)
+        staged = np.empty(self._sizes[layer], np.uint8)
+        views = {
+            spec.name: WeightTensor(spec, None, self._part(layer, spec, staged))
+            for spec in self._layouts[layer]
+        }
+        self._source.load(layer, views)
+        with self._lock:
+            self._require_held(layer)
+            self._arena.write(self._starts[layer], staged)
 
     def tensors(self, layer: int) -> dict[str, WeightTensor]:
         """Return views of a held layer's tensors, by name; nothing is copied."""
         layer = self._checked(layer)
-        data = self.region(layer)
+        data = self._host_bytes(layer) if self._on_host else None
         start = self._starts[layer]
         views: dict[str, WeightTensor] = {}
+        with self._lock:
+            self._require_held(layer)
         for spec in self._layouts[layer]:
-            offset = self._offsets[layer][spec.name]
-            memory = self._arena.tensor(start + offset, spec.shape, spec.dtype)
-            views[spec.name] = WeightTensor(spec, memory, data[offset : offset + spec.nbytes])
+            offset = start + self._offsets[layer][spec.name]
+            memory = self._arena.tensor(offset, spec.shape, spec.dtype)
+            part = None if data is None else self._part(layer, spec, data)
+            views[spec.name] = WeightTensor(spec, memory, part)
         return views
 
     def region(self, layer: int) -> npt.NDArray[np.uint8]:
-        """Return all bytes of a held layer, writable, as they travel between stages."""
+        """Return where a held layer's bytes land as they travel between stages, writable.
+
+        :meth:`landed` must follow before the layer's tensors are used.
+        """
         layer = self._checked(layer)
+        if self._on_host:
+            return self._host_bytes(layer)
+        with self._lock:
+            self._require_held(layer)
+            return self._landing.setdefault(layer, np.empty(self._sizes[layer], np.uint8))
+
+    def landed(self, layer: int) -> None:
+        """All bytes of :meth:`region` have come: put them into their place."""
+        layer = self._checked(layer)
+        with self._lock:
+            self._require_held(layer)
+            staged = self._landing.pop(layer, None)
+            if staged is not None:
+                self._arena.write(self._starts[layer], staged)
+
+    def outgoing(self, layer: int) -> npt.NDArray[np.uint8]:
+        """Return all bytes of a loaded layer in host memory, as they travel between stages."""
+        layer = self._checked(layer)
+        if self._on_host:
+            return self._host_bytes(layer)
+        copied = np.empty(self._sizes[layer], np.uint8)
+        with self._lock:
+            self._require_held(layer)
+            self._arena.read(self._starts[layer], copied)
+        return copied
+
+    def _host_bytes(self, layer: int) -> npt.NDArray[np.uint8]:
         with self._lock:
             self._require_held(layer)
         size = self._sizes[layer]
@@ -172,6 +224,12 @@ class WeightArena:
             self._arena.tensor(self._starts[layer], (size,), "uint8")
         )
         return data
+
+    def _part(
+        self, layer: int, spec: TensorSpec, data: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.uint8]:
+        offset = self._offsets[layer][spec.name]
+        return data[offset : offset + spec.nbytes]
 
     def close(self) -> None:
         """Give all pages and the addresses back; every view is dead from now on."""

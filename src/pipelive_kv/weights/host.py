@@ -22,8 +22,11 @@ def writable_bytes(target: Any, spec: TensorSpec) -> npt.NDArray[np.uint8]:
     Raises:
         WeightsError: if it does not fit `spec`.
     """
-    raw = getattr(target, "data_bytes", None)  # a WeightTensor
-    if raw is None:
+    if hasattr(target, "data_bytes"):  # a WeightTensor
+        raw = target.data_bytes
+        if raw is None:
+            raise WeightsError(f"{spec}: the target is not in host memory")
+    else:
         raw = _array_bytes(target, spec)
     if raw.nbytes != spec.nbytes:
         raise WeightsError(f"{spec}: the target holds {raw.nbytes} bytes, expected {spec.nbytes}")

@@ -53,4 +53,12 @@ struct AttentionArgs {
 /// read is not mapped; nothing is written then.
 void paged_attention(const AttentionArgs& args);
 
+/// What paged_attention checks without looking into tables, lengths or any other memory, so that
+/// all pointers but null may be another device's. Throws Error(invalid_argument).
+void validate_layout(const AttentionArgs& args);
+
+/// Everything that paged_attention checks. Reads `block_tables`, `seq_lens`, `query_start` and
+/// `block_map`, but neither query, out nor KV.
+void validate(const AttentionArgs& args);
+
 }  // namespace pipelive

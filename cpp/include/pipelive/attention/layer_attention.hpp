@@ -10,7 +10,7 @@
 namespace pipelive {
 
 /// The layer's blocks for the kernels, residency checks included. Whoever uses it holds
-/// `layer.use()` meanwhile. Throws Error(invalid_argument) for memory that is not the host's.
+/// `layer.use()` meanwhile. For memory of any device; nothing is touched.
 [[nodiscard]] KVView kv_view_of(const LayerView& layer);
 
 /// append to a layer of a pool, whose blocks stay where they are meanwhile. Throws moreover

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "pipelive/memory/page_pool.hpp"
@@ -61,6 +62,12 @@ class Arena {
   /// holds them.
   void put_back(std::size_t offset, PageLease&& pages);
 
+  /// Copies host bytes to mapped addresses of the arena, or the other way round; they are there
+  /// when the call returns. Throws Error(not_resident) where not all of the range is mapped, and
+  /// Error(timeout) where the device has not done it within a minute.
+  void write(std::size_t offset, std::span<const std::byte> bytes);
+  void read(std::size_t offset, std::span<std::byte> bytes) const;
+
   /// A lendable descriptor of the page at `offset`, for another process.
   [[nodiscard]] ExportedPages export_page(std::size_t offset) const;
 
@@ -76,6 +83,7 @@ class Arena {
   };
   [[nodiscard]] Range check_range(const char* call, std::size_t offset, std::size_t bytes) const;
   void check_open() const;
+  void check_mapped(const char* call, std::size_t offset, std::size_t bytes) const;
   void map_locked(Range range, PageLease&& pages, bool scrubbed);
   void zero_dirty(Range range, const PageLease& pages);
   [[nodiscard]] std::byte* at(std::size_t page) const noexcept {

@@ -38,6 +38,7 @@ struct PatchRegion {
   std::uint64_t id = 0;
   std::span<std::byte> bytes;
   std::shared_ptr<const void> owner;
+  DeviceKind where = DeviceKind::host;  ///< or that of the moving layers
 };
 
 /// The target's end of a migration session: checks everything that arrives and writes it to live
@@ -113,9 +114,11 @@ class PatchReceiver {
   void take_data(const wire::Message& message, Deadline deadline);
   void take_round_end(const wire::Message& message, Deadline deadline);
   void take_verify(const wire::Message& message, Deadline deadline);
-  void take_region(const wire::Message& message);
+  void take_region(const wire::Message& message, Deadline deadline);
+  [[nodiscard]] ConstPacked packed(const wire::Message& message,
+                                   std::span<const std::byte> bytes) const;
   void take_region_end(const wire::Message& message);
-  void take_finish(Deadline deadline);
+  void take_finish(const wire::Header& finish, Deadline deadline);
   void complete_rounds(Deadline deadline);
   std::uint64_t check_records(const wire::Message& message) const;
   void write_records(const wire::Message& message, std::uint64_t end_slot, Deadline deadline);
@@ -133,7 +136,7 @@ class PatchReceiver {
   bool hello_seen_ = false;
   RoundLedger ledger_;
   std::vector<Generations> generations_;  // per layer
-  std::vector<std::byte> staging_;
+  std::vector<std::byte> private_;        // what of a message the peer must not change any more
   std::vector<SlotRange> fresh_;
   std::vector<SlotRange> batch_;
   std::vector<std::size_t> batch_places_;  // of batch_, in layers_

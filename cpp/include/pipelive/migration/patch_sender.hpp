@@ -40,7 +40,9 @@ class PatchSender {
  public:
   struct Options {
     std::uint64_t epoch = 0;
-    std::size_t max_message_bytes = std::size_t{4} << 20;
+    /// Bounds a message and what goes beside it; the channel bounds both further. 0: 1 MiB, which a
+    /// core's cache holds, or 16 MiB where a device's memory goes beside messages.
+    std::size_t max_message_bytes = 0;
     double rate_limit = 0.0;  ///< bytes per second; 0 for none
     bool checksum = true;
   };
@@ -69,8 +71,10 @@ class PatchSender {
   /// summed over layers.
   std::uint64_t verify(std::span<const SlotRange> ranges, Deadline deadline);
 
-  /// Sends bytes to a region that the target has registered, and its end.
-  void send_region(std::uint64_t id, std::span<const std::byte> bytes, Deadline deadline);
+  /// Sends bytes to a region that the target has registered, and its end. They lie in host memory
+  /// or, where the moving layers do, in a device's.
+  void send_region(std::uint64_t id, std::span<const std::byte> bytes, Deadline deadline,
+                   DeviceKind where = DeviceKind::host);
 
   /// Says that nothing more comes, and waits until the target has confirmed that all is applied.
   void finish(Deadline deadline);
@@ -94,8 +98,10 @@ class PatchSender {
                     Deadline deadline, double* busy);
   void send_data(wire::Header head, std::span<wire::Record> records, std::uint64_t slots,
                  Deadline deadline, RoundStats& stats);
-  std::uint32_t pack(std::span<const wire::Record> records, std::span<std::byte> payload,
-                     std::uint32_t crc, Deadline deadline);
+  void send_region_piece(wire::Header head, ConstPacked piece, Deadline deadline);
+  std::uint32_t pack(std::span<const wire::Record> records, Packed payload, std::uint32_t crc,
+                     Deadline deadline);
+  [[nodiscard]] std::uint64_t room(std::size_t records, std::uint64_t slots) const;
   [[nodiscard]] std::uint64_t mapped_slots() const;
   [[nodiscard]] std::vector<SlotRange> resident(std::span<const SlotRange> ranges,
                                                 std::uint64_t& skipped) const;
@@ -116,6 +122,7 @@ class PatchSender {
   PatchLayers layers_;
   Options options_;
   std::size_t max_message_;
+  std::size_t max_beside_;  // 0: payloads go inside the messages
   RateLimit limit_;
   bool started_ = false;
   std::uint64_t next_round_ = 0;

@@ -44,7 +44,7 @@ class ShmChannel final : public Channel {
 
  protected:
   std::span<std::byte> do_acquire(std::size_t bytes, Deadline deadline) override;
-  void do_submit(std::size_t bytes, Deadline deadline) override;
+  void do_submit(std::size_t bytes, std::size_t bulk_bytes, Deadline deadline) override;
   std::optional<std::span<const std::byte>> do_receive(Deadline deadline) override;
   void do_release() override;
 

@@ -72,6 +72,13 @@ class SlotCopier {
   [[nodiscard]] virtual std::uint32_t digest(const LayerSlots& slots, std::uint32_t seed,
                                              Deadline deadline) = 0;
 
+  /// CRC32C of packed bytes, continued from `seed`.
+  [[nodiscard]] virtual std::uint32_t crc(ConstPacked bytes, std::uint32_t seed, Deadline deadline);
+
+  /// Copies plain bytes (weights); both lie where the copier reaches, and do not overlap. Done when
+  /// the call returns.
+  virtual void copy(Packed out, ConstPacked in, Deadline deadline);
+
   /// Waits until everything that was scattered is in its place.
   virtual void finish(Deadline deadline) = 0;
 };

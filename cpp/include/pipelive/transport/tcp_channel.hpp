@@ -4,9 +4,9 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "pipelive/device/unique_fd.hpp"
+#include "pipelive/transport/aligned_buffer.hpp"
 #include "pipelive/transport/channel.hpp"
 
 namespace pipelive {
@@ -39,25 +39,12 @@ class TcpChannel final : public Channel {
 
  protected:
   std::span<std::byte> do_acquire(std::size_t bytes, Deadline deadline) override;
-  void do_submit(std::size_t bytes, Deadline deadline) override;
+  void do_submit(std::size_t bytes, std::size_t bulk_bytes, Deadline deadline) override;
   std::optional<std::span<const std::byte>> do_receive(Deadline deadline) override;
   void do_release() override;
 
  private:
   enum class Local : int { open, closed, cancelled };
-
-  // Memory that grows to the largest message and is never initialised.
-  class Buffer {
-   public:
-    std::byte* reserve(std::size_t bytes);
-
-   private:
-    struct Free {
-      void operator()(std::byte* memory) const noexcept;
-    };
-    std::unique_ptr<std::byte, Free> memory_;
-    std::size_t size_ = 0;
-  };
 
   // Holds a message to the progress rule.
   class Progress {
@@ -83,8 +70,8 @@ class TcpChannel final : public Channel {
   UniqueFd socket_;
   UniqueFd wakeup_;  // eventfd: readable once this end was closed or cancelled
   TcpOptions options_;
-  Buffer send_buffer_;
-  Buffer receive_buffer_;
+  AlignedBuffer send_buffer_;
+  AlignedBuffer receive_buffer_;
   bool send_failed_ = false;
   // The message being received; it survives a deadline.
   std::uint64_t head_word_ = 0;

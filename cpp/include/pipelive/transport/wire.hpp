@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -12,6 +13,9 @@
 /// The canonical wire format. A message is
 ///
 ///     header (80 bytes) | record table (24 bytes each) | zeros up to a multiple of 64 | payload
+///
+/// The payload of `data` and `region` messages may go beside the message instead, in a device's
+/// memory (`kPayloadBeside`; see Channel::acquire_bulk); its checksum is the same.
 ///
 /// in little-endian byte order. Both ends of a patch connection send such messages and nothing
 /// else; what separates one from the next is the channel's business. The header carries a CRC32C of
@@ -52,7 +56,8 @@ enum class Kind : std::uint8_t {
 
 [[nodiscard]] std::string_view to_string(Kind kind) noexcept;
 
-inline constexpr std::uint8_t kBodyChecksum = 1;  ///< flag: the body CRC is filled in
+inline constexpr std::uint8_t kBodyChecksum = 1;   ///< flag: the body CRC is filled in
+inline constexpr std::uint8_t kPayloadBeside = 2;  ///< flag: the payload lies beside the message
 inline constexpr std::uint32_t kEveryLayer = 0xFFFFFFFFU;
 
 struct Header {
@@ -129,22 +134,34 @@ void write_header(std::span<std::byte> message, const Header& header, std::uint3
 [[nodiscard]] std::vector<std::byte> small_message(Header header,
                                                    std::span<const std::byte> payload = {});
 
-/// A message whose frame was checked. `payload` refers to the bytes it was opened from or, where a
-/// copy was asked for, to that copy.
+/// A message whose frame was checked. `payload` refers to the bytes it was opened from or, where it
+/// was copied, to the copy.
 struct Message {
   Header header;
   std::vector<Record> records;
   std::span<const std::byte> payload;
+  /// `payload` came beside the message: it may lie where the host cannot look.
+  [[nodiscard]] bool beside() const noexcept { return (header.flags & kPayloadBeside) != 0; }
+};
+
+/// What came beside a message, and how it is summed up.
+struct Beside {
+  std::span<const std::byte> bytes;
+  std::function<std::uint32_t(std::span<const std::byte> bytes, std::uint32_t seed)> crc;
 };
 
 /// Checks the frame of what arrived: magic, version, header CRC, kind, flags, reserved fields, and
-/// that the sizes fill `bytes` exactly; then the body's CRC if the message carries one.
+/// that the sizes fill `bytes` exactly; then the body's CRC if the message carries one. Throws
+/// Error(protocol), or Error(corrupt) where a CRC does not agree.
 ///
-/// `copy`, where not empty, is at least as large as `bytes`: the message is first copied there, and
-/// only the copy is looked at, so that a peer which still can write into `bytes` cannot change what
-/// was checked. Throws Error(protocol), or Error(corrupt) where a CRC does not agree. `message`
-/// keeps its vector's memory from call to call.
-void open_message(std::span<const std::byte> bytes, std::span<std::byte> copy, Message& message);
+/// `copy` is for a peer that still can write into `bytes`: the header, the records and every
+/// payload that somebody interprets are first copied there, and only the copy is looked at. The
+/// payload of `data` and `region` messages stays where it is: it goes to its place as it is, and
+/// what that peer can do to it between the check and the copy it could have done before the check.
+/// Null where nobody else can write. The vectors keep their memory from call to call.
+/// `beside` is what came beside the message, or null; the header must say the same.
+void open_message(std::span<const std::byte> bytes, std::vector<std::byte>* copy, Message& message,
+                  const Beside* beside = nullptr);
 
 [[nodiscard]] RoundTotals read_round_totals(std::span<const std::byte> payload);
 [[nodiscard]] std::vector<std::byte> write_round_end(const RoundTotals& totals,

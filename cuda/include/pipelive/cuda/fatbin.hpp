@@ -24,4 +24,13 @@ struct Fatbin {
 /// The kernels of `name`.cu. Throws Error(device) if this build does not carry them.
 [[nodiscard]] const Fatbin& fatbin(std::string_view name);
 
+/// The text of a kernel file, or of a header that one includes, under the name it is included by.
+struct KernelSource {
+  std::string_view name;
+  std::string_view text;
+};
+
+/// What NVRTC needs to compile the kernels; carried by every build.
+[[nodiscard]] std::span<const KernelSource> kernel_sources() noexcept;
+
 }  // namespace pipelive::cuda

@@ -55,6 +55,9 @@ class CudaSlotCopier final : public SlotCopier {
                     ConstPacked in, SlotRange part, Deadline deadline) override;
   [[nodiscard]] std::uint32_t digest(const LayerSlots& slots, std::uint32_t seed,
                                      Deadline deadline) override;
+  [[nodiscard]] std::uint32_t crc(ConstPacked bytes, std::uint32_t seed,
+                                  Deadline deadline) override;
+  void copy(Packed out, ConstPacked in, Deadline deadline) override;
   void finish(Deadline deadline) override;
 
   // -- for transports that carry packed bytes in device memory (P2P, NCCL): enqueue and return ----

@@ -20,8 +20,8 @@ class SlotKernels {
   };
 
   /// The kernels that this build carries, loaded at the first call for a context and kept: a launch
-  /// may be under way, or captured in a graph, long after its caller has gone. Throws Error(device),
-  /// also where the build carries none.
+  /// may be under way, or captured in a graph, long after its caller has gone. Throws
+  /// Error(device), also where the build carries none.
   [[nodiscard]] static std::shared_ptr<const SlotKernels> of(
       const std::shared_ptr<const PrimaryContext>& context);
   /// Lets go of what of() has kept; for tests, which take the driver down.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class EngineConfig:
         model: folder of a Hugging Face causal language model with safetensors weights.
         placement: which stage holds which layers at the start.
         dtype: of weights, activations and KV.
+        device: "cpu", "cuda:1" for all stages, or "cuda": the stages take the GPUs in turn.
         block_size: tokens of a block.
         max_blocks: block ids that addresses are reserved for.
         capacity: block ids that are resident at the start; None: all.
@@ -65,6 +67,7 @@ class EngineConfig:
     model: Path | str
     placement: Placement
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
     block_size: int = 16
     max_blocks: int = 256
     capacity: int | None = None
@@ -85,6 +88,10 @@ class EngineConfig:
     wrap_hooks: WrapHooks | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InvalidArgumentError(
+                f"device is {self.device!r}; expected 'cpu', 'cuda' or a GPU such as 'cuda:0'"
+            )
         for name in ("block_size", "lanes", "max_batch", "chunk", "max_tokens", "threads"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -17,6 +17,7 @@ import zmq
 
 from pipelive_kv.engines.reference.config import EngineConfig
 from pipelive_kv.engines.reference.messages import Failed, Ready, Step, StepDone, Stop, ToStage
+from pipelive_kv.errors import InvalidArgumentError
 
 __all__ = ["Launch", "main", "results_address", "steps_address"]
 
@@ -94,6 +95,23 @@ def _steps(context: zmq.Context[Any], launch: Launch) -> Any:
         yield message
 
 
+def _device(name: str, rank: int) -> Any:
+    """The torch device of a stage, made current; its arithmetic is float32 where that is asked."""
+    import torch  # noqa: PLC0415
+
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device is {name!r}; torch sees no GPU here")
+    index = torch.device(name).index
+    if index is None:
+        index = rank % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", index)
+
+
 class _Worker:
     """The stage's share of the model, its memory, and its connections to its neighbours."""
 
@@ -118,11 +136,12 @@ class _Worker:
         if self._size > 1:
             self._join(launch.directory)
         model = TransformersModel(config.model, dtype=config.dtype)
+        self._device = _device(config.device, launch.rank)
         self._hidden_size = model.hidden_size
         self._dtype = getattr(torch, config.dtype)
         layers = config.placement.layers_of(launch.rank)
         source = model.open_weights()
-        pages = PagePool(config.budget, page_bytes=config.page_bytes)
+        pages = PagePool(config.budget, page_bytes=config.page_bytes, device=str(self._device))
         arena = WeightArena(pages, source, model.num_layers)
         for layer in layers:
             arena.add(layer)
@@ -137,7 +156,12 @@ class _Worker:
             stack=config.stack,
         )
         self._model = TransformersStage(
-            model, rank=launch.rank, num_stages=self._size, kv=pool.layer, weights=source
+            model,
+            rank=launch.rank,
+            num_stages=self._size,
+            kv=pool.layer,
+            weights=source,
+            device=self._device,
         )
         self._model.prepare(layers, arena)
         self._model.activate(config.placement)
@@ -177,19 +201,22 @@ class _Worker:
         if step.kind != "empty":
             inputs = self._inputs(step)
             start = time.monotonic()
+            device = self._device
             batch = StepBatch(
-                slots=slots,
-                block_tables=torch.tensor(step.block_tables, dtype=torch.int32),
-                seq_lens=torch.tensor(step.seq_lens, dtype=torch.int32),
-                query_start=torch.tensor(step.query_start, dtype=torch.int32),
+                slots=slots.to(device),
+                block_tables=torch.tensor(step.block_tables, dtype=torch.int32, device=device),
+                seq_lens=torch.tensor(step.seq_lens, dtype=torch.int32, device=device),
+                query_start=torch.tensor(step.query_start, dtype=torch.int32, device=device),
             )
             result = self._model.forward(
-                inputs,
-                torch.tensor(step.positions, dtype=torch.int64),
+                inputs.to(device),
+                torch.tensor(step.positions, dtype=torch.int64, device=device),
                 batch,
                 gate=gate,
-                logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64),
+                logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64, device=device),
             )
+            # Gloo and sampling want host memory; the copy also ends the step's work on a GPU.
+            result = result.cpu()
             if self._rank == self._size - 1:
                 tokens = draw(result, step.samples)
             else:

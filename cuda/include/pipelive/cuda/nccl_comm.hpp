@@ -1,0 +1,73 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "pipelive/base/deadline.hpp"
+#include "pipelive/base/error.hpp"
+#include "pipelive/cuda/nccl.hpp"
+#include "pipelive/cuda/nccl_issuer.hpp"
+#include "pipelive/device/device.hpp"
+
+namespace pipelive::cuda {
+
+/// A non-blocking communicator of our own. Every NCCL call on it comes from the device's issuing
+/// thread; the threads that use it only wait, with a deadline.
+///
+/// The first error, deadline or abort ends it for good: it is aborted, which also ends what is
+/// under way on the device, and every later call throws the same error.
+class NcclComm {
+ public:
+  struct Place {
+    std::shared_ptr<const Nccl> nccl;
+    std::shared_ptr<NcclIssuer> issuer;
+    std::shared_ptr<Device> device;
+    Stream stream;                             ///< of the transfers
+    std::shared_ptr<const void> stream_owner;  ///< kept while anything may be under way
+  };
+  /// Asked now and then while a transfer is under way; true once the peer is known to have gone.
+  using Gone = std::function<bool()>;
+
+  /// Comes up together with the other ranks, or throws Error(timeout) or Error(device). Takes from
+  /// tenths of a second to tens of seconds: not for the stop window.
+  NcclComm(Place place, const NcclUniqueId& id, int rank, int ranks, Deadline deadline);
+  /// Aborts; what was completed is not touched by that.
+  ~NcclComm();
+  NcclComm(const NcclComm&) = delete;
+  NcclComm& operator=(const NcclComm&) = delete;
+
+  [[nodiscard]] int rank() const noexcept { return rank_; }
+  [[nodiscard]] int ranks() const noexcept { return ranks_; }
+  [[nodiscard]] const std::shared_ptr<Device>& device() const noexcept;
+  [[nodiscard]] Stream stream() const noexcept;
+
+  /// Sends to `peer`, or receives from it; returns when the device has done it. `keep` is held
+  /// until nothing is under way any more, also if that is after an error. Throws Error(timeout),
+  /// Error(closed) where `gone` said so, Error(cancelled) after abort(), Error(device).
+  void send(const std::byte* data, std::size_t bytes, int peer, Deadline deadline,
+            std::shared_ptr<const void> keep = nullptr, Gone gone = nullptr);
+  void receive(std::byte* data, std::size_t bytes, int peer, Deadline deadline,
+               std::shared_ptr<const void> keep = nullptr, Gone gone = nullptr);
+  /// Both at once, in one group; for a rank that sends to itself.
+  void exchange(const std::byte* out, std::byte* in, std::size_t bytes, int peer,
+                Deadline deadline);
+
+  /// Ends it, from any thread, without waiting for NCCL.
+  void abort() noexcept;
+
+ private:
+  struct State;
+  class InitJob;
+  class TransferJob;
+  class AbortJob;
+
+  void transfer(const std::byte* out, std::byte* in, std::size_t bytes, int peer, Deadline deadline,
+                std::shared_ptr<const void> keep, Gone gone);
+
+  int rank_;
+  int ranks_;
+  std::shared_ptr<NcclIssuer> issuer_;  // not in the state, whose last user may be its thread
+  std::shared_ptr<State> state_;        // jobs that outlive this object share it
+};
+
+}  // namespace pipelive::cuda

@@ -1,0 +1,103 @@
+#pragma once
+
+#include "attention_device.cuh"
+#include "pipelive/cuda/attention_plan.hpp"
+
+namespace pipelive::cuda::attention {
+
+/// One warp's stream of KV tiles into its stages of shared memory. A tile is `kTokens` tokens, K
+/// and then V; tiles begin at multiples of kTokens and the warp takes every fourth. Block ids are
+/// read two tiles ahead of the copies, so that a copy never waits for its address.
+///
+/// Only tokens in [begin, end) are touched, nor are their blocks looked up otherwise: rows of other
+/// tokens become zeros. A block id out of range makes its token's row NaN, and touches nothing.
+template <int kRowBytes, int kTokens>
+class Loader {
+ public:
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kCopies = kTokens * kChunks / 32;
+  static_assert(kTokens * kChunks % 32 == 0, "all lanes copy the same number of chunks");
+  static constexpr int kHalfBytes = kTokens * kRowBytes;
+
+  /// `tile` is the warp's first.
+  PIPELIVE_DEVICE Loader(const Params& p, int seq, int kv_head, int row_bytes, int tile, int begin,
+                         int end)
+      : p_(p),
+        base_(p.kv + kv_head * p.head_stride),
+        table_(p.tables + seq * p.table_stride),
+        chunks_used_(row_bytes / 16),
+        tile_(tile),
+        begin_(begin),
+        end_(end),
+        lane_(thread_id() % 32) {
+    block_ = resolve(look_up(tile));
+    ahead_ = look_up(tile + kWarps);
+  }
+
+  /// Starts the next tile's copies into the stage at `stage` as one group; behind the last tile the
+  /// group is empty.
+  PIPELIVE_DEVICE void issue(unsigned stage) {
+    if (static_cast<long long>(tile_) * kTokens < end_) {
+      const int token = tile_ * kTokens + lane_ % kTokens;
+      long long offset = kSkip;
+      if (token >= begin_ && token < end_) {
+        offset = kPoison;
+        if (block_ >= 0 && block_ < p_.num_blocks) {
+          offset =
+              block_ * p_.block_stride + static_cast<int>(static_cast<unsigned>(token) %
+                                                          static_cast<unsigned>(p_.block_size)) *
+                                             p_.token_stride;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int index = i * 32 + lane_;
+        const int row = index / kChunks;
+        const int chunk = index % kChunks;
+        const long long from = shuffle(offset, row);
+        const unsigned to = stage + (row * kChunks + swizzle(chunk, row, kChunks)) * 16;
+        if (from >= 0 && chunk < chunks_used_) {
+          const char* const key = base_ + from + chunk * 16;
+          cp_async(to, key);
+          cp_async(to + kHalfBytes, key + p_.kv_stride);
+        } else {
+          // 0x7fff7fff is NaN as float16, bfloat16 and float32.
+          const unsigned fill = from == kPoison ? 0x7fff7fffu : 0u;
+          store_shared(to, {fill, fill, fill, fill});
+          store_shared(to + kHalfBytes, {fill, fill, fill, fill});
+        }
+      }
+    }
+    cp_async_commit();
+    tile_ += kWarps;
+    block_ = resolve(ahead_);
+    ahead_ = look_up(tile_ + kWarps);
+  }
+
+ private:
+  static constexpr long long kSkip = -1;
+  static constexpr long long kPoison = -2;
+
+  PIPELIVE_DEVICE int look_up(int tile) const {
+    const long long token = static_cast<long long>(tile) * kTokens + lane_ % kTokens;
+    if (token < begin_ || token >= end_) return -1;
+    return table_[static_cast<unsigned>(token) / static_cast<unsigned>(p_.block_size)];
+  }
+  PIPELIVE_DEVICE int resolve(int id) const {
+    if (p_.block_map == nullptr) return id;
+    return id >= 0 && id < p_.map_length ? p_.block_map[id] : -1;
+  }
+
+  const Params& p_;
+  const char* const base_;
+  const int* const table_;
+  const int chunks_used_;
+  int tile_;
+  const int begin_;
+  const int end_;
+  const int lane_;
+  int block_;
+  int ahead_;
+};
+
+}  // namespace pipelive::cuda::attention

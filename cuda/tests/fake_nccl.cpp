@@ -1,0 +1,397 @@
+// A stand-in for libnccl.so.2, opened the same way. It checks what it is given and in which order,
+// and moves bytes between threads or processes through files in a directory that the unique id
+// names. Written against nccl.h's documentation, with its own types, so that a mistake in
+// nccl_api.hpp shows.
+//
+// As on a device, the operations of one issuing thread run one after the other in the order of
+// their issue, and a send completes only when it has been received: communicators that are issued
+// in opposite orders at two ranks stall. Progress is made in ncclCommGetAsyncError.
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+enum Result {
+  success = 0,
+  system_error = 2,
+  invalid_argument = 4,
+  invalid_usage = 5,
+  remote_error = 6,
+  in_progress = 7,
+};
+
+struct UniqueId {
+  char internal[128];
+};
+
+// ncclConfig_v22700, longer than what a caller of 2.18 passes.
+struct Config {
+  std::size_t size;
+  unsigned magic;
+  unsigned version;
+  int blocking;
+  int cga_cluster_size;
+  int min_ctas;
+  int max_ctas;
+  const char* net_name;
+  int split_share;
+  int traffic_class;
+  const char* comm_name;
+  int collnet_enable;
+  int cta_policy;
+  int shrink_share;
+  int nvls_ctas;
+};
+
+#ifndef PIPELIVE_FAKE_NCCL_VERSION
+#define PIPELIVE_FAKE_NCCL_VERSION 22703
+#endif
+
+struct Operation {
+  bool is_send = false;
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+  int peer = 0;
+  std::uint64_t number = 0;
+  bool written = false;
+  struct Comm* comm = nullptr;
+};
+
+struct Comm {
+  std::string directory;
+  int rank = 0;
+  int ranks = 0;
+  std::thread::id owner;
+  bool up = false;
+  int error = success;
+  std::size_t pending = 0;
+  std::map<int, std::uint64_t> sent;
+  std::map<int, std::uint64_t> received;
+};
+
+struct World {
+  std::mutex mutex;
+  std::set<Comm*> comms;
+  // Of each issuing thread, in the order of issue.
+  std::map<std::thread::id, std::deque<Operation>> queues;
+  std::map<std::thread::id, int> groups;
+  std::map<std::string, int> settings;
+  std::map<std::string, int> counts;
+  std::string last_error;
+};
+
+World& world() {
+  static World* const instance = [] {
+    auto* made = new World();
+    // "stall=1,version=23004", for processes that a test starts.
+    const char* text = std::getenv("PIPELIVE_FAKE_NCCL_SETTINGS");
+    const std::string all = text != nullptr ? text : "";
+    for (std::size_t at = 0; at < all.size();) {
+      const std::size_t end = std::min(all.find(',', at), all.size());
+      const std::string one = all.substr(at, end - at);
+      const std::size_t equal = one.find('=');
+      if (equal != std::string::npos) {
+        made->settings[one.substr(0, equal)] = std::atoi(one.c_str() + equal + 1);
+      }
+      at = end + 1;
+    }
+    return made;
+  }();
+  return *instance;
+}
+
+// World's mutex is held in all of the following.
+
+Result violation(World& w, const std::string& what) {
+  w.counts["violations"] += 1;
+  w.last_error = "fake NCCL: " + what;
+  std::fprintf(stderr, "%s\n", w.last_error.c_str());
+  return invalid_usage;
+}
+
+bool exists(const std::string& path) {
+  struct stat status{};
+  return stat(path.c_str(), &status) == 0;
+}
+
+void write_file(const std::string& path, const std::byte* data, std::size_t bytes) {
+  const std::string part = path + ".part" + std::to_string(getpid());
+  {
+    std::ofstream file(part, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+  }
+  std::rename(part.c_str(), path.c_str());
+}
+
+Comm* known(World& w, void* handle, const char* call, Result& result) {
+  auto* const comm = static_cast<Comm*>(handle);
+  if (!w.comms.contains(comm)) {
+    result = violation(w, std::string(call) + " on a communicator that is not there");
+    return nullptr;
+  }
+  if (comm->owner != std::this_thread::get_id()) {
+    result = violation(w, std::string(call) + " from another thread than the one that made it");
+  }
+  return comm;
+}
+
+// One step of the oldest operation of this thread; true where it is complete.
+bool advance(World& w, Operation& op) {
+  if (w.settings["stall"] != 0) return false;
+  Comm& comm = *op.comm;
+  const int from = op.is_send ? comm.rank : op.peer;
+  const int to = op.is_send ? op.peer : comm.rank;
+  const std::string path = comm.directory + "/" + std::to_string(from) + "-" + std::to_string(to) +
+                           "-" + std::to_string(op.number);
+  if (op.is_send) {
+    if (!op.written) {
+      write_file(path, op.data, op.bytes);
+      op.written = true;
+    }
+    if (!exists(path + ".done")) return false;
+    std::remove((path + ".done").c_str());
+    return true;
+  }
+  struct stat status{};
+  if (stat(path.c_str(), &status) != 0) return false;
+  if (static_cast<std::size_t>(status.st_size) != op.bytes) {
+    violation(w, "a send of " + std::to_string(status.st_size) + " bytes meets a receive of " +
+                     std::to_string(op.bytes));
+    comm.error = remote_error;
+    return true;
+  }
+  std::ifstream file(path, std::ios::binary);
+  file.read(reinterpret_cast<char*>(op.data), static_cast<std::streamsize>(op.bytes));
+  std::remove(path.c_str());
+  write_file(path + ".done", nullptr, 0);
+  return true;
+}
+
+void progress(World& w) {
+  auto& queue = w.queues[std::this_thread::get_id()];
+  // The two halves of a group run at once.
+  for (std::size_t i = 0; i < queue.size() && i < 2;) {
+    const bool alone = i == 0 || queue[0].comm == queue[i].comm;
+    if (alone && advance(w, queue[i])) {
+      queue[i].comm->pending -= 1;
+      queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
+      w.counts["operations"] += 1;
+    } else {
+      ++i;
+    }
+  }
+}
+
+int issue(bool is_send, void* data, std::size_t count, int type, int peer, void* handle) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  Result result = success;
+  Comm* const comm = known(w, handle, is_send ? "ncclSend" : "ncclRecv", result);
+  if (comm == nullptr || result != success) return result;
+  const int group = w.groups[comm->owner];
+  if (!comm->up) return violation(w, "a transfer before the communicator is up");
+  if (comm->error != success) return violation(w, "a transfer after an error");
+  if (comm->pending != 0 && group == 0) {
+    return violation(w, "a transfer while the communicator is in progress");
+  }
+  if (data == nullptr || count == 0 || type != 1 || peer < 0 || peer >= comm->ranks) {
+    violation(w, "a transfer with wrong arguments");
+    return invalid_argument;
+  }
+  if (w.settings["fail_issue"] != 0) return system_error;
+  Operation op;
+  op.is_send = is_send;
+  op.data = static_cast<std::byte*>(data);
+  op.bytes = count;
+  op.peer = peer;
+  op.number = is_send ? comm->sent[peer]++ : comm->received[peer]++;
+  op.comm = comm;
+  comm->pending += 1;
+  w.queues[comm->owner].push_back(op);
+  return group != 0 ? success : in_progress;
+}
+
+}  // namespace
+
+// -- what tests set and read ------------------------------------------------------------------
+
+/// stall, stall_init, fail_init, fail_issue, async_error (a result), version, slow_abort_ms.
+FAKE_EXPORT void fake_nccl_set(const char* name, int value) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  w.settings[name] = value;
+}
+
+/// violations, operations, made, aborted; alive.
+FAKE_EXPORT int fake_nccl_count(const char* name) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  if (std::string(name) == "alive") return static_cast<int>(w.comms.size());
+  return w.counts[name];
+}
+
+// -- the API ------------------------------------------------------------------------------------
+
+FAKE_EXPORT int ncclGetVersion(int* version) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  const int set = w.settings["version"];
+  *version = set != 0 ? set : PIPELIVE_FAKE_NCCL_VERSION;
+  return success;
+}
+
+FAKE_EXPORT const char* ncclGetErrorString(int result) {
+  switch (result) {
+    case success:
+      return "no error";
+    case system_error:
+      return "unhandled system error";
+    case invalid_usage:
+      return "invalid usage";
+    case remote_error:
+      return "remote process exited or there was a network error";
+    case in_progress:
+      return "NCCL operation in progress";
+    default:
+      return "some error";
+  }
+}
+
+FAKE_EXPORT const char* ncclGetLastError(void*) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  return w.last_error.c_str();
+}
+
+FAKE_EXPORT int ncclGetUniqueId(UniqueId* id) {
+  const char* base = std::getenv("TMPDIR");
+  std::string path = std::string(base != nullptr ? base : "/tmp") + "/fake-nccl-XXXXXX";
+  if (mkdtemp(path.data()) == nullptr || path.size() >= sizeof id->internal) return system_error;
+  std::memset(id, 0, sizeof *id);
+  std::memcpy(id->internal, path.data(), path.size());
+  return success;
+}
+
+FAKE_EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, UniqueId id, int rank,
+                                       Config* given) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  *comm = nullptr;
+  Config config{};
+  config.comm_name = nullptr;
+  const std::size_t size = given != nullptr ? given->size : 0;
+  if (size < offsetof(Config, net_name) || size > 4096) {
+    violation(w, "a config of " + std::to_string(size) + " bytes");
+    return invalid_argument;
+  }
+  std::memcpy(&config, given, std::min(size, sizeof config));
+  if (config.magic != 0xcafebeefU) {
+    violation(w, "a config that was not initialised");
+    return invalid_argument;
+  }
+  if (config.version < 21400 || config.version > 22703 + 10000) violation(w, "config version");
+  if (config.blocking != 0) violation(w, "a communicator that blocks");
+  for (const int field : {config.cga_cluster_size, config.min_ctas, config.split_share}) {
+    if (field != INT_MIN) violation(w, "a config field that should be undefined");
+  }
+  if (rank < 0 || rank >= ranks) return invalid_argument;
+  if (w.settings["fail_init"] != 0) return system_error;
+  auto* const made = new Comm();
+  made->directory = id.internal;
+  made->rank = rank;
+  made->ranks = ranks;
+  made->owner = std::this_thread::get_id();
+  write_file(made->directory + "/rank-" + std::to_string(rank), nullptr, 0);
+  w.comms.insert(made);
+  w.counts["made"] += 1;
+  *comm = made;
+  return in_progress;
+}
+
+FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  Result result = success;
+  Comm* const comm = known(w, handle, "ncclCommGetAsyncError", result);
+  if (comm == nullptr) return result;
+  if (!comm->up) {
+    bool all = w.settings["stall_init"] == 0;
+    for (int rank = 0; rank < comm->ranks; ++rank) {
+      all = all && exists(comm->directory + "/rank-" + std::to_string(rank));
+    }
+    comm->up = all;
+    *state = all ? success : in_progress;
+    return success;
+  }
+  if (w.settings["async_error"] != 0 && comm->pending != 0) {
+    comm->error = w.settings["async_error"];
+  }
+  if (comm->error == success) progress(w);
+  *state = comm->error != success ? comm->error : comm->pending != 0 ? in_progress : success;
+  return success;
+}
+
+#ifndef PIPELIVE_FAKE_WITHOUT_ABORT
+FAKE_EXPORT int ncclCommAbort(void* handle) {
+  World& w = world();
+  int pause = 0;
+  {
+    const std::lock_guard lock(w.mutex);
+    Result result = success;
+    Comm* const comm = known(w, handle, "ncclCommAbort", result);
+    if (comm == nullptr) return result;
+    for (auto& [thread, queue] : w.queues) {
+      std::erase_if(queue, [&](const Operation& op) { return op.comm == comm; });
+    }
+    w.comms.erase(comm);
+    w.counts["aborted"] += 1;
+    delete comm;
+    pause = w.settings["slow_abort_ms"];
+  }
+  if (pause != 0) usleep(static_cast<unsigned>(pause) * 1000);
+  return success;
+}
+#endif
+
+FAKE_EXPORT int ncclSend(const void* data, std::size_t count, int type, int peer, void* comm,
+                         void* /*stream*/) {
+  return issue(true, const_cast<void*>(data), count, type, peer, comm);
+}
+
+FAKE_EXPORT int ncclRecv(void* data, std::size_t count, int type, int peer, void* comm,
+                         void* /*stream*/) {
+  return issue(false, data, count, type, peer, comm);
+}
+
+FAKE_EXPORT int ncclGroupStart() {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  w.groups[std::this_thread::get_id()] += 1;
+  return success;
+}
+
+FAKE_EXPORT int ncclGroupEnd() {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  int& group = w.groups[std::this_thread::get_id()];
+  if (group == 0) return violation(w, "ncclGroupEnd without ncclGroupStart");
+  group -= 1;
+  return in_progress;
+}

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <future>
+#include <memory>
+#include <utility>
+
+#include "fake_nccl.hpp"
+#include "pipelive/cuda/nccl_channel.hpp"
+#include "transport/channel_pair.hpp"
+
+namespace pipelive::cuda::test {
+
+using pipelive::test::soon;
+
+struct CommPair {
+  std::shared_ptr<NcclComm> a;
+  std::shared_ptr<NcclComm> b;
+};
+
+inline CommPair make_comms(NcclComm::Place a, NcclComm::Place b, Deadline deadline = soon()) {
+  const NcclUniqueId id = a.nccl->unique_id();
+  auto other = std::async(std::launch::async, [&] {
+    return std::make_shared<NcclComm>(std::move(b), id, 1, 2, deadline);
+  });
+  auto one = std::make_shared<NcclComm>(std::move(a), id, 0, 2, deadline);
+  return {std::move(one), other.get()};
+}
+
+/// What an end of a nccl channel is made of.
+struct NcclEnd {
+  std::shared_ptr<NcclIssuer> issuer = std::make_shared<NcclIssuer>(nullptr);
+  std::shared_ptr<DeviceTurn> turn = std::make_shared<DeviceTurn>();
+  std::shared_ptr<Device> device = std::make_shared<HostDevice>();
+};
+
+struct NcclPair {
+  std::shared_ptr<NcclChannel> a;
+  std::shared_ptr<NcclChannel> b;
+};
+
+inline NcclPair make_nccl(const NcclEnd& a, const NcclEnd& b,
+                          std::size_t window = std::size_t{1} << 20,
+                          std::chrono::nanoseconds limit = std::chrono::seconds(10)) {
+  const pipelive::test::ChannelPair base =
+      make_channels(pipelive::test::ChannelKind::shm, window + 65536, {});
+  const CommPair comms = make_comms(host_place(a.issuer, a.device), host_place(b.issuer, b.device));
+  const auto options = [&](const std::shared_ptr<NcclComm>& comm,
+                           const std::shared_ptr<DeviceTurn>& turn) {
+    NcclChannel::Options made;
+    made.comm = comm;
+    made.turn = turn;
+    made.piece_bytes = 65536;
+    made.window_bytes = window;
+    made.transfer_limit = limit;
+    return made;
+  };
+  return {std::make_shared<NcclChannel>(base.a, options(comms.a, a.turn)),
+          std::make_shared<NcclChannel>(base.b, options(comms.b, b.turn))};
+}
+
+}  // namespace pipelive::cuda::test

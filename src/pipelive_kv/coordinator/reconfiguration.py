@@ -1,0 +1,187 @@
+"""The phases of a reconfiguration up to its decision, in the protocol's order."""
+
+from __future__ import annotations
+
+from pipelive_kv.coordinator.ending import Ending
+from pipelive_kv.coordinator.fanout import Fanout
+from pipelive_kv.coordinator.job import Job
+from pipelive_kv.coordinator.options import MigrationOptions
+from pipelive_kv.coordinator.report import Report
+from pipelive_kv.errors import OverBudgetError, ProtocolError
+from pipelive_kv.messages import (
+    Admit,
+    Admitted,
+    Arm,
+    AwaitConverged,
+    AwaitResize,
+    AwaitStep,
+    Connect,
+    Converged,
+    Done,
+    Held,
+    Hold,
+    ListLive,
+    LiveBlocks,
+    LoadWeights,
+    Prepare,
+    Prepared,
+    Propose,
+    Proposed,
+    Resized,
+    Shrink,
+    StartCopy,
+)
+from pipelive_kv.protocol import Phase
+from pipelive_kv.record import Decision, DecisionRecord
+
+_DECIDE_WITHIN = 10.0
+"""Seconds that the scheduler waits at k for word of the decision, while the coordinator lives."""
+
+
+class Reconfiguration(Ending):
+    """One reconfiguration from the beginning."""
+
+    def __init__(
+        self,
+        fanout: Fanout,
+        record: DecisionRecord,
+        record_dir: str,
+        job: Job,
+        report: Report,
+        options: MigrationOptions,
+    ) -> None:
+        super().__init__(fanout, record, job, report, capacity_after=report.capacity_before)
+        self._record_dir = record_dir
+        self._options = options
+        self._stages = report.new.stages
+
+    def until_decided(self) -> None:
+        """All phases that can still be taken back, and the decision."""
+        with self._to.checking(self._job.rest):
+            self._admit()
+            self._stage()
+            self._patch()
+            self._arm()
+            self._decide()
+
+    # admitted: the budget rule, and the shrink that makes room
+
+    def _admit(self) -> None:
+        to, job, report = self._to, self._job, self._report
+        job.enter(Phase.ADMITTED)
+        if not report.moves:
+            return
+        admitted = to.all(lambda _: Admit(self.epoch, self._stages), Admitted, job.rest())
+        lacking = [answer.reason for answer in admitted if answer.reason]
+        if lacking:
+            raise OverBudgetError("; ".join(lacking))
+        during = min(report.capacity_before, *(answer.during for answer in admitted))
+        self._after = min(answer.after for answer in admitted)
+        if self._options.keep_capacity:
+            self._after = min(self._after, report.capacity_before)
+        if during < report.capacity_before:
+            resized = to.scheduler(Shrink(self.epoch, during, job.rest()), Resized, job.rest())
+            report.capacity_during, report.blocks_moved = resized.capacity, resized.moved
+            self._resize = resized.resize
+            to.all(lambda _: AwaitResize(resized.resize, job.rest()), Done, job.rest())
+
+    # staging: room, connections, the bulk of the KV and the weights
+
+    def _stage(self) -> None:
+        to, job, options = self._to, self._job, self._options
+        job.enter(Phase.STAGING)
+        moves = self._report.moves
+        prepared = to.all(
+            lambda rank: Prepare(
+                self.epoch,
+                self._stages,
+                tuple((move.source, move.layers) for move in moves if move.target == rank),
+                options.weights_from,
+                options.verify,
+                job.rest(),
+            ),
+            Prepared,
+            job.rest(),
+        )
+        outgoing: dict[int, list[tuple[int, tuple[int, ...], str]]] = {}
+        for rank, answer in enumerate(prepared):
+            incoming = [move for move in moves if move.target == rank]
+            for move, address in zip(incoming, answer.addresses, strict=True):
+                outgoing.setdefault(move.source, []).append((rank, move.layers, address))
+        if options.mode == "stop_and_copy":
+            # The weights are loaded before the engine is held: what is compared is the KV.
+            if options.weights_from == "source":
+                self._load_weights()
+            held = to.scheduler(Hold(self.epoch, job.rest()), Held, job.rest())
+            to.all(lambda _: AwaitStep(held.last_seq, job.rest()), Done, job.rest())
+        to.all(
+            lambda rank: Connect(
+                self.epoch,
+                self._stages,
+                tuple(outgoing.get(rank, ())),
+                options.weights_from,
+                options.verify,
+                options.rate_limit,
+                job.rest(),
+            ),
+            Done,
+            job.rest(),
+        )
+        # After every source has started its log: what is written from now on is in a log, what was
+        # written before is in a block that is live now.
+        live = to.scheduler(ListLive(), LiveBlocks, job.rest())
+        to.all(
+            lambda _: StartCopy(
+                self.epoch, live.runs, options.max_stop_ms, options.max_rounds, job.rest()
+            ),
+            Done,
+            job.rest(),
+        )
+        if not (options.mode == "stop_and_copy" and options.weights_from == "source"):
+            self._load_weights()
+
+    def _load_weights(self) -> None:
+        job = self._job
+        self._to.all(lambda _: LoadWeights(self.epoch, job.rest()), Done, job.rest())
+
+    # patching: rounds until the predicted stop time is small
+
+    def _patch(self) -> None:
+        job = self._job
+        job.enter(Phase.PATCHING)
+        self._to.all(lambda _: AwaitConverged(self.epoch, job.rest()), Converged, job.rest())
+
+    # armed: every stage has voted
+
+    def _arm(self) -> None:
+        job = self._job
+        job.enter(Phase.ARMED)
+        self._to.all(lambda _: Arm(self.epoch, job.rest()), Done, job.rest())
+
+    def _decide(self) -> None:
+        to, job, options = self._to, self._job, self._options
+        proposed = to.scheduler(
+            Propose(
+                self.epoch,
+                self._stages,
+                self._record_dir,
+                options.margin,
+                min(_DECIDE_WITHIN, job.rest()),
+            ),
+            Proposed,
+            job.rest(),
+        )
+        job.rest()
+        decision = self._record.decide(
+            Decision(
+                self.epoch,
+                "commit",
+                step=proposed.step,
+                stages=self._stages,
+                capacity=self._after,
+            )
+        )
+        job.course.recorded = decision.outcome
+        if decision.outcome != "commit":
+            raise ProtocolError(f"epoch {self.epoch} was given up: {decision.reason}")
+        self._report.step = decision.step

@@ -1,0 +1,189 @@
+"""What operations on a GPU need of the library that an array is of: torch or cupy.
+
+Neither is imported unless an array of it is given, and none is needed for arrays of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelive_kv import _core
+from pipelive_kv.errors import InvalidArgumentError
+
+CUDA = 2  # DLPack's number for the kind of device
+
+
+class GpuArrays(Protocol):
+    """Makes arrays beside the one it was made for, in the order of one stream."""
+
+    handle: int
+    """The stream, as a CUDA handle."""
+
+    def in_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """While entered, what is made belongs to the stream."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str | None) -> Any:
+        """Make an array; None: of the same dtype."""
+
+    def scratch(self, nbytes: int) -> Any:
+        """Make an array of bytes."""
+
+    def copy_of(self, values: Any) -> Any:
+        """Copy an array of the host, or a list of integers (as int64)."""
+
+
+def of(array: Any, stream: Any = None) -> GpuArrays | None:
+    """Return what makes arrays beside ``array``; None where it lies in host memory.
+
+    Args:
+        array: any object.
+        stream: of torch or cupy, or a handle; None: the current stream of the array's library.
+
+    Raises:
+        InvalidArgumentError: ``stream`` is nothing of that kind.
+        TypeError: the array is on a GPU, and neither of torch nor of cupy.
+    """
+    if not on_gpu(array):
+        return None
+    offer_compilers()
+    module = type(array).__module__.partition(".")[0]
+    if hasattr(array, "new_empty"):  # torch, and subclasses of its tensors
+        return _Torch(array, stream)
+    if module == "cupy":
+        return _Cupy(array, stream)
+    raise TypeError(
+        f"query is a {type(array).__module__}.{type(array).__qualname__} on a GPU, expected a "
+        "torch or a cupy array"
+    )
+
+
+def on_gpu(array: Any) -> bool:
+    """Tell whether an array says that it lies on a CUDA device."""
+    is_cuda = getattr(array, "is_cuda", None)
+    if is_cuda is not None:
+        return bool(is_cuda)
+    where = getattr(array, "__dlpack_device__", None)
+    return where is not None and int(where()[0]) == CUDA
+
+
+def current_stream(array: Any) -> int | None:
+    """Return the handle of the current stream of the array's library; None where there is none."""
+    if not on_gpu(array):
+        return None
+    if hasattr(array, "new_empty"):
+        return _Torch(array, None).handle
+    if type(array).__module__.partition(".")[0] == "cupy":
+        return _Cupy(array, None).handle
+    return None
+
+
+def stream_handle(stream: Any) -> int:
+    """Return the handle of a stream of torch or cupy, or of an int."""
+    for value in (stream, getattr(stream, "cuda_stream", None), getattr(stream, "ptr", None)):
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int(protocol()[1])
+    raise InvalidArgumentError(
+        f"stream is {stream!r}, expected a CUDA stream of torch or cupy, or its handle"
+    )
+
+
+class _Torch:
+    def __init__(self, like: Any, stream: Any) -> None:
+        import torch  # noqa: PLC0415  the caller has it
+
+        self._torch = torch
+        self._like = like
+        self._stream: Any = None
+        if stream is None:
+            self.handle = int(torch.cuda.current_stream(like.device).cuda_stream)
+            return
+        self.handle = stream_handle(stream)
+        if isinstance(stream, torch.cuda.Stream):
+            self._stream = stream
+        elif self.handle <= 1:
+            self._stream = torch.cuda.default_stream(like.device)
+        else:
+            external: Any = torch.cuda.ExternalStream
+            self._stream = external(self.handle, device=like.device)
+
+    def in_stream(self) -> contextlib.AbstractContextManager[Any]:
+        if self._stream is None:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = self._torch.cuda.stream(self._stream)
+        return context
+
+    def empty(self, shape: tuple[int, ...], dtype: str | None) -> Any:
+        return self._like.new_empty(
+            shape, dtype=self._like.dtype if dtype is None else getattr(self._torch, dtype)
+        )
+
+    def scratch(self, nbytes: int) -> Any:
+        return self._like.new_empty(nbytes, dtype=self._torch.uint8)
+
+    def copy_of(self, values: Any) -> Any:
+        if isinstance(values, list):
+            return self._torch.tensor(values, dtype=self._torch.int64, device=self._like.device)
+        return self._torch.as_tensor(values).to(self._like.device, non_blocking=True)
+
+
+class _Cupy:
+    def __init__(self, like: Any, stream: Any) -> None:
+        import cupy  # noqa: PLC0415  the caller has it
+
+        self._cupy = cupy
+        self._like = like
+        self._stream: Any = None
+        if stream is None:
+            self.handle = int(cupy.cuda.get_current_stream().ptr)
+            return
+        self.handle = stream_handle(stream)
+        is_stream = isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream))
+        self._stream = stream if is_stream else cupy.cuda.ExternalStream(self.handle)
+
+    @contextlib.contextmanager
+    def in_stream(self) -> Any:
+        with self._like.device, self._stream or contextlib.nullcontext():
+            yield
+
+    def empty(self, shape: tuple[int, ...], dtype: str | None) -> Any:
+        return self._cupy.empty(shape, dtype=dtype or self._like.dtype)
+
+    def scratch(self, nbytes: int) -> Any:
+        return self._cupy.empty(nbytes, dtype="uint8")
+
+    def copy_of(self, values: Any) -> Any:
+        if isinstance(values, list):
+            return self._cupy.asarray(values, dtype="int64")
+        import numpy as np  # noqa: PLC0415
+
+        return self._cupy.asarray(np.from_dlpack(values))
+
+
+@functools.cache
+def offer_compilers() -> None:
+    """Tell the core which NVRTC libraries there are in this environment's packages."""
+    _core.set_nvrtc_libraries(nvrtc_libraries())
+
+
+def nvrtc_libraries() -> list[str]:
+    """Return the paths of NVRTC in NVIDIA's packages, which torch installs, newest first."""
+    found: list[Path] = []
+    spec = importlib.util.find_spec("nvidia") if "nvidia" not in sys.modules else None
+    roots = (
+        list(getattr(sys.modules.get("nvidia"), "__path__", []))
+        if spec is None
+        else list(spec.submodule_search_locations or [])
+    )
+    for root in roots:
+        for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):
+            found += [path for path in Path(root).glob(pattern) if ".alt." not in path.name]
+    found.sort(key=lambda path: int(path.name.rpartition(".")[2]), reverse=True)
+    return [str(path) for path in found]
