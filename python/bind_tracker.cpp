@@ -7,6 +7,7 @@
 #include "cuda_layers.hpp"
 #include "int64_array.hpp"
 #include "pipelive/cuda/device_marks.hpp"
+#include "pipelive/cuda/slot_copier.hpp"
 #include "pipelive/kv/block_allocator.hpp"
 #include "pipelive/tracker/dirty_tracker.hpp"
 #include "pipelive/tracker/slot_ranges.hpp"
@@ -135,8 +136,13 @@ void bind_device_marks(py::module_& m) {
       .def_property_readonly("num_slots", &cuda::DeviceMarks::num_slots)
       .def_property_readonly("memory_bytes", &cuda::DeviceMarks::memory_bytes);
   // For tests, which take a driver down.
-  m.def("cuda_forget_slot_kernels", &cuda::SlotKernels::forget,
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_forget_slots",
+      [] {
+        cuda::CudaSlotCopier::forget();
+        cuda::SlotKernels::forget();
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_dirty_tracker(py::module_& m) {

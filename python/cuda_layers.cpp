@@ -111,7 +111,7 @@ std::shared_ptr<const cuda::PrimaryContext> cuda_context(const LayerView& layer)
 
 std::shared_ptr<SlotCopier> copier_for(const LayerView& layer) {
   if (layer.device_kind() == DeviceKind::host) return nullptr;
-  return std::make_shared<cuda::CudaSlotCopier>(cuda_context(layer));
+  return cuda::CudaSlotCopier::lend(cuda_context(layer));
 }
 
 bool append_on_gpu(py::handle kv, py::handle key, py::handle value, py::handle slots,

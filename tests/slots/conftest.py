@@ -24,6 +24,6 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
     yield fake
     fake.close()
     gc.collect()
-    _core.cuda_forget_slot_kernels()
+    _core.cuda_forget_slots()
     gc.collect()
     assert fake.cuda.mistakes == ""

@@ -108,10 +108,13 @@ class RealGpu(Gpu):
         torch.cuda.init()
         super().__init__(_core.CudaDevice(0))
         self._stream = torch.cuda.Stream()
+        self._kept: list[Any] = []
 
     def put(self, array: npt.NDArray[Any], dtype: str) -> Any:
         bits = self.torch.from_numpy(np.ascontiguousarray(array)).cuda()
-        return bits.view(getattr(self.torch, dtype))
+        tensor = bits.view(getattr(self.torch, dtype))
+        self._kept.append(tensor)  # work of another stream may read it for a while
+        return tensor
 
     def _memory(self, address: int, nbytes: int) -> Any:
         class Memory:

@@ -38,6 +38,14 @@ class CudaSlotCopier final : public SlotCopier {
   /// Waits for what is under way.
   ~CudaSlotCopier() override;
 
+  /// A copier with the default options that goes back to a small store when it is let go of: to
+  /// free its buffers would make the driver wait for the whole device. Throws as the constructor
+  /// does.
+  [[nodiscard]] static std::shared_ptr<CudaSlotCopier> lend(
+      const std::shared_ptr<const PrimaryContext>& context);
+  /// Empties the store; for tests, which take the driver down.
+  static void forget();
+
   // As SlotCopier says; `Packed` may lie in host memory (pageable or pinned) or on this device.
   [[nodiscard]] DeviceKind kind() const noexcept override { return DeviceKind::cuda; }
   std::uint32_t gather(std::span<const LayerSlots> slots, Packed out, bool checksum,
