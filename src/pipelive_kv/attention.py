@@ -57,8 +57,9 @@ def append(
 
     Where ``kv`` lies on a GPU, so do all arguments, and the work is given to ``stream`` and not
     waited for; it may be captured into a CUDA graph. The tensors must stay alive until it is done
-    (torch: ``record_stream``, where ``stream`` is not the one they were made in). Slots that are out of range are skipped there,
-    which blocks are mapped is not looked at, and of two tokens with one slot either may stay.
+    (torch: ``record_stream``, where ``stream`` is not the one they were made in). Slots that are
+    out of range are skipped there, which blocks are mapped is not looked at, and of two tokens
+    with one slot either may stay.
 
     Args:
         kv: the cache, ``[blocks, kv_heads, 2, block_size, head_dim]``; float32, float16 or
