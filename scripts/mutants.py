@@ -146,8 +146,8 @@ MUTANTS = (
         "fence",
         "no page is unmapped while an operation uses the blocks on it",
         CORE + "kv/residency.cpp",
-        "[this] { return uses_ == 0; })) {",
-        "[] { return true; })) {",
+        "return [this, phase] { return uses_[phase] == 0; }; };",
+        "return [this, phase] { return phase < 2 && this != nullptr; }; };",
         ("kv_tests", "tests/kv"),
     ),
     Mutant(
