@@ -1,4 +1,4 @@
-"""Every example runs as it stands in the repository."""
+"""Examples run as they stand in the repository."""
 
 import subprocess
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NEED_MORE = {"vllm_live_reconfiguration.py"}
+"""What runs in an environment of its own."""
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.py"))])
+@pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - NEED_MORE))
 def test_runs(name):
     done = subprocess.run(
         [sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=200, check=False
