@@ -97,12 +97,14 @@ format: setup  ## Reformat Python and C++ in place
 	@$(BIN)/ruff format -q .
 	@$(BIN)/clang-format -i $(CXX_FILES)
 
-# Thread sanitizer cannot place its shadow memory under high address randomisation.
+# Thread sanitizer cannot place its shadow memory under high address randomisation. Sessions over
+# shared memory are left out: it does not see that what is ordered through one mapping of a memory
+# file is ordered through the other, and both ends lie in one process there.
 tsan: setup  ## Run the C++ tests under ThreadSanitizer (build/tsan)
 	@$(CONFIGURE) -B build/tsan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=thread
 	@setarch -R $(COMPILE) build/tsan -j $(JOBS)
-	@TSAN_OPTIONS="halt_on_error=1 suppressions=$(CURDIR)/cpp/tests/tsan.supp" setarch -R $(CTEST) --test-dir build/tsan
+	@TSAN_OPTIONS="halt_on_error=1 suppressions=$(CURDIR)/cpp/tests/tsan.supp" setarch -R $(CTEST) --test-dir build/tsan -E 'Session.*/(shm|p2p)'
 
 asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitizers (build/asan)
 	@$(CONFIGURE) -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPIPELIVE_BUILD_PYTHON=OFF \
