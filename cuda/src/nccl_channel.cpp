@@ -143,6 +143,12 @@ void NcclChannel::back_off(std::unique_lock<std::mutex>& held, std::uint32_t att
       link_.wait(held, until.at() < deadline.at() ? until : deadline, [] { return false; }));
 }
 
+std::string NcclChannel::describe_tries(std::uint32_t attempt) const {
+  const std::string holder = options_.turn->holder();
+  return "; offered " + std::to_string(attempt) + " times" +
+         (holder.empty() ? std::string() : "; the turn here is held by " + holder);
+}
+
 // The sender's half of the handshake, and the transfer.
 void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadline) {
   Note note;
@@ -157,8 +163,8 @@ void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadlin
     if (!link_.wait(held, deadline, [&] { return answer_.has_value(); })) {
       held.unlock();
       fail(Error(ErrorCode::timeout, "the peer did not answer the offer of message " +
-                                         std::to_string(number) + " before the deadline (offered " +
-                                         std::to_string(note.attempt) + " times)"),
+                                         std::to_string(number) + " before the deadline" +
+                                         describe_tries(note.attempt)),
            "sending by NCCL");
     }
     const bool accepted = answer_->kind == Note::Kind::accept;
@@ -185,11 +191,9 @@ void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadlin
     back_off(held, note.attempt, deadline);
     if (deadline.passed()) {
       held.unlock();
-      const std::string holder = options_.turn->holder();
       fail(Error(ErrorCode::timeout,
-                 "the two devices' turns were not free together before the deadline; offered " +
-                     std::to_string(note.attempt) + " times" +
-                     (holder.empty() ? std::string() : "; here it is held by " + holder)),
+                 "the two devices' turns were not free together before the deadline" +
+                     describe_tries(note.attempt)),
            "sending by NCCL");
     }
   }

@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "pipelive/cuda/device_turn.hpp"
@@ -72,6 +73,7 @@ class NcclChannel final : public Channel {
   void push(std::uint64_t number, std::size_t bytes, Deadline deadline);
   bool pull(const Note& message, Deadline deadline);
   void back_off(std::unique_lock<std::mutex>& held, std::uint32_t attempt, Deadline deadline);
+  [[nodiscard]] std::string describe_tries(std::uint32_t attempt) const;
   [[noreturn]] void fail(const Error& error, const std::string& what);
   void wait_stream(Deadline deadline, const char* what);
   [[nodiscard]] int peer() const noexcept { return 1 - comm_.rank(); }
