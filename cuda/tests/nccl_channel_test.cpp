@@ -188,17 +188,26 @@ TEST_F(NcclChannelTest, AReceiveThatEndsBeforeTheOfferIsContinued) {
   sending.get();
 }
 
+// Both ends wait for the same stalled operation under the same deadline. Whose clock runs out first
+// aborts and closes; the other either runs out as well or sees the close.
 TEST_F(NcclChannelTest, AStalledTransferIsAbortedAtBothEnds) {
   const auto [a, b] = make_nccl(left, right, 1 << 20, std::chrono::milliseconds(100));
   fake.set("stall", 1);
   auto receiving = std::async(std::launch::async, [&b = b] {
-    return error_of([&] { static_cast<void>(b->receive(soon())); }).code();
+    return error_of([&] { static_cast<void>(b->receive(soon())); });
   });
-  const Error error = error_of([&, &a = a] { send_bulk(*a, std::byte{1}, 100); });
-  EXPECT_EQ(error.code(), ErrorCode::timeout);
-  EXPECT_THAT(error.what(), HasSubstr("sending by NCCL"));
-  const ErrorCode code = receiving.get();
-  EXPECT_TRUE(code == ErrorCode::timeout || code == ErrorCode::closed);
+  const Error sent = error_of([&, &a = a] { send_bulk(*a, std::byte{1}, 100); });
+  const Error received = receiving.get();
+  const auto ran_out = [](const Error& error, const char* what) {
+    if (error.code() != ErrorCode::timeout) return false;
+    EXPECT_THAT(error.what(), HasSubstr(what));
+    return true;
+  };
+  const bool sender_ran_out = ran_out(sent, "sending by NCCL");
+  const bool receiver_ran_out = ran_out(received, "receiving by NCCL");
+  EXPECT_TRUE(sender_ran_out || receiver_ran_out) << sent.what() << "; " << received.what();
+  EXPECT_TRUE(sender_ran_out || sent.code() == ErrorCode::closed) << sent.what();
+  EXPECT_TRUE(receiver_ran_out || received.code() == ErrorCode::closed) << received.what();
   EXPECT_TRUE(left.turn->holder().empty() && right.turn->holder().empty());
 }
 
