@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include "pipelive/migration/convergence.hpp"
 #include "pipelive/migration/patch_receiver.hpp"
 #include "pipelive/migration/patch_sender.hpp"
+#include "pipelive/migration/write_through.hpp"
 #include "tensor_view.hpp"
 
 namespace py = pybind11;
@@ -284,12 +286,49 @@ void bind_receiver(py::module_& m) {
       });
 }
 
+py::list sent_steps(const WriteThrough& self, std::uint64_t first) {
+  py::list list;
+  for (const SentStep& step : self.sent(first)) {
+    list.append(py::make_tuple(step.round, step.through_seq, step.slots, step.records, step.bytes,
+                               step.start_ns, step.end_ns, step.busy_seconds, step.lag_steps));
+  }
+  return list;
+}
+
+void bind_write_through(py::module_& m) {
+  py::class_<WriteThrough>(m, "WriteThrough")
+      .def(py::init([](std::shared_ptr<DirtyTracker> tracker,
+                       std::vector<std::shared_ptr<PatchSender>> senders, std::int64_t sent_through,
+                       std::uint64_t first_round, bool keep_ranges, double message_seconds) {
+             return std::make_unique<WriteThrough>(
+                 std::move(tracker), std::move(senders),
+                 WriteThrough::Options{sent_through, first_round, keep_ranges, message_seconds});
+           }),
+           py::arg("tracker"), py::arg("senders"), py::arg("sent_through"), py::arg("first_round"),
+           py::arg("keep_ranges"), py::arg("message_seconds"))
+      .def(
+          "run", [](WriteThrough& self, double timeout) { return self.run(deadline_of(timeout)); },
+          py::arg("timeout"), Release())
+      .def("end_after", &WriteThrough::end_after, py::arg("seq"), Release())
+      .def("cancel", &WriteThrough::cancel, Release())
+      .def("sent_through", &WriteThrough::sent_through)
+      .def("bytes_sent", &WriteThrough::bytes_sent)
+      .def("sent", &sent_steps, py::arg("first"))
+      .def("ranges", [](const WriteThrough& self) {
+        const std::vector<SlotRange> ranges = self.ranges();
+        py::array_t<std::uint64_t> array({static_cast<py::ssize_t>(ranges.size()), py::ssize_t{2}});
+        std::copy(ranges.begin(), ranges.end(), reinterpret_cast<SlotRange*>(array.mutable_data()));
+        return array;
+      });
+}
+
 }  // namespace
 
 void bind_migration(py::module_& m) {
   bind_copier(m);
   bind_sender(m);
   bind_receiver(m);
+  bind_write_through(m);
   py::class_<BandwidthEstimate>(m, "BandwidthEstimate")
       .def(py::init([](double fixed_seconds, double record_seconds, double decay,
                        double initial_bytes_per_second) {

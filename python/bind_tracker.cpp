@@ -146,10 +146,11 @@ void bind_device_marks(py::module_& m) {
 }
 
 void bind_dirty_tracker(py::module_& m) {
-  py::class_<DirtyTracker>(m, "DirtyTracker")
+  // Shared: a write-through sends from it in a thread of its own.
+  py::class_<DirtyTracker, std::shared_ptr<DirtyTracker>>(m, "DirtyTracker")
       .def(py::init([](std::uint64_t num_slots, std::int64_t next_seq,
                        std::shared_ptr<cuda::DeviceMarks> marks) {
-             return std::make_unique<DirtyTracker>(num_slots, next_seq, std::move(marks));
+             return std::make_shared<DirtyTracker>(num_slots, next_seq, std::move(marks));
            }),
            py::arg("num_slots"), py::arg("next_seq"), py::arg("marks") = py::none())
       .def(

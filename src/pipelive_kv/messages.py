@@ -179,6 +179,13 @@ class Converged(Body, frozen=True):
     """Not converged: the last rounds have brought no gain, since steps write as fast."""
 
 
+class WriteThrough(Body, frozen=True):
+    """From now on send each step's slots as soon as the step has ended; answered once that runs."""
+
+    epoch: int
+    timeout: float
+
+
 class Arm(Body, frozen=True):
     """Ask for the stage's vote: can it activate without allocating and without failing?"""
 
@@ -210,10 +217,13 @@ class RoundRecord(Body, frozen=True):
     records: int
     start_ns: int
     end_ns: int
+    """When the targets had applied it; in write-through, but for the last one: when it was sent."""
     busy_s: float
     lag_steps: int
     predicted_stop_ms: float = 0.0
     """What the stop would have been predicted to take after this round."""
+    write_through: bool = False
+    """Whether the round is what one step has written, sent at the step's end."""
 
 
 class Switched(Body, frozen=True):
@@ -229,6 +239,8 @@ class Switched(Body, frozen=True):
     rounds: tuple[RoundRecord, ...]
     transport: str
     verified_slots: int
+    tail_s: float = 0.0
+    """From the end of the last old step here until its writes were applied at every target."""
 
 
 class Release(Body, frozen=True):
@@ -391,6 +403,7 @@ Request = (
     | StartCopy
     | LoadWeights
     | AwaitConverged
+    | WriteThrough
     | Arm
     | Commit
     | AwaitSwitched

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from pipelive_kv import _core
 from pipelive_kv.errors import InvalidArgumentError
 from pipelive_kv.kv import LayerView
 from pipelive_kv.spec import KVSpec
+from pipelive_kv.tracker import DirtyTracker
 from pipelive_kv.transport import Channel
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "PatchSender",
     "ReceiverStats",
     "RoundStats",
+    "SentStep",
     "StopPredictor",
+    "WriteThrough",
 ]
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -116,6 +119,11 @@ class PatchSender:
         )
 
     @property
+    def core(self) -> _core.PatchSender:
+        """What the core's other classes take."""
+        return self._core
+
+    @property
     def channel(self) -> Channel:
         """The connection."""
         return self._channel
@@ -199,6 +207,107 @@ class PatchSender:
     def cancel(self) -> None:
         """Nothing is sent any more when this has returned; the target sees the channel closed."""
         self._core.cancel()
+
+
+@dataclass(frozen=True)
+class SentStep:
+    """One step's writes, sent at its end; where the sender was behind, those of several steps."""
+
+    round: int
+    through_seq: int
+    """The last step in it."""
+    slots: int
+    """Of one layer."""
+    records: int
+    """To all targets."""
+    bytes: int
+    """To all targets, as sent."""
+    start_ns: int
+    """On the monotonic clock: the step was found sealed."""
+    end_ns: int
+    """Handed to the channels; for the last one of all: applied."""
+    busy_seconds: float
+    """Packing and sending."""
+    lag_steps: int
+    """Steps that were sealed meanwhile."""
+
+
+class WriteThrough:
+    """The source's last mode before a switchover: each step's slots go out when it is sealed.
+
+    :meth:`run` sends in its caller's thread, without Python: sealing a step in the tracker wakes
+    it, and nobody waits for the targets in between. It is over when all writes of steps up to the
+    one that :meth:`end_after` names are applied at every target. The other methods may be called
+    from any thread. The senders send nothing else meanwhile.
+
+    Args:
+        tracker: the source's write log.
+        senders: one per target.
+        sent_through: steps up to this one were sent before.
+        first_round: the number of the next round, for errors and reports.
+        keep_ranges: remember what is sent, for a verification.
+        message_timeout: seconds that one message, or the last acknowledgement, may take.
+
+    Raises InvalidArgumentError where there is no sender.
+    """
+
+    def __init__(
+        self,
+        tracker: DirtyTracker,
+        senders: Sequence[PatchSender],
+        *,
+        sent_through: int,
+        first_round: int,
+        keep_ranges: bool = False,
+        message_timeout: float = 60.0,
+    ) -> None:
+        self._core = _core.WriteThrough(
+            tracker.core,
+            [sender.core for sender in senders],
+            sent_through,
+            first_round,
+            keep_ranges,
+            message_timeout,
+        )
+
+    def run(self, timeout: float) -> bool:
+        """Send until the last step is applied; False where ``timeout`` seconds passed before.
+
+        After False it may be called again. Raises CancelledError after :meth:`cancel`, and what
+        the senders raise.
+        """
+        over: bool = self._core.run(timeout)
+        return over
+
+    def end_after(self, seq: int) -> None:
+        """Step ``seq`` is the last to send; what later ones write the tracker holds back."""
+        self._core.end_after(seq)
+
+    def cancel(self) -> None:
+        """Let :meth:`run` end; a sender that waits for its target has to be cancelled as well."""
+        self._core.cancel()
+
+    @property
+    def sent_through(self) -> int:
+        """The last step that is sent."""
+        seq: int = self._core.sent_through()
+        return seq
+
+    @property
+    def bytes_sent(self) -> int:
+        """To all targets."""
+        count: int = self._core.bytes_sent()
+        return count
+
+    def sent(self, first: int = 0) -> tuple[SentStep, ...]:
+        """The rounds from number ``first`` on, the last 1024 at most."""
+        return tuple(SentStep(*step) for step in self._core.sent(first))
+
+    @property
+    def ranges(self) -> Ranges:
+        """All slots sent, as sorted ranges; none without ``keep_ranges``."""
+        ranges: Ranges = self._core.ranges()
+        return ranges
 
 
 class PatchReceiver:

@@ -26,6 +26,7 @@ class Phase(str, Enum):
     ADMITTED = "admitted"
     STAGING = "staging"
     PATCHING = "patching"
+    WRITE_THROUGH = "write_through"
     ARMED = "armed"
     SWITCHING = "switching"
     RELEASING = "releasing"
@@ -48,6 +49,7 @@ class StageState(str, Enum):
     PREPARED = "prepared"
     CONNECTED = "connected"
     COPYING = "copying"
+    WRITING = "writing"
     ARMED = "armed"
     COMMITTED = "committed"
     SWITCHED = "switched"
@@ -180,7 +182,7 @@ def _stay(states: Iterable[S], age: Age, *events: str) -> tuple[Rule[S], ...]:
     return tuple(Rule(state, event, age, state, "any") for state in states for event in events)
 
 
-_I, _P, _N, _C, _A, _M, _W, _B = StageState
+_I, _P, _N, _C, _T, _A, _M, _W, _B = StageState
 
 STAGE: Machine[StageState] = Machine(
     "a stage",
@@ -196,7 +198,9 @@ STAGE: Machine[StageState] = Machine(
         *_in(_P, Age.SESSION, {"LoadWeights": _P, "Connect": _N, "Abort": _B}),
         *_in(_N, Age.SESSION, {"LoadWeights": _N, "StartCopy": _C, "Abort": _B}),
         *_in(_C, Age.SESSION, {"LoadWeights": _C, "AwaitConverged": _C, "Abort": _B}),
-        *_in(_C, Age.SESSION, {"Arm": _A}, "the vote"),
+        *_in(_C, Age.SESSION, {"WriteThrough": _T}, "each step's slots go out at its end"),
+        *_in(_T, Age.SESSION, {"Abort": _B}),
+        *_in(_T, Age.SESSION, {"Arm": _A}, "the vote"),
         *_in(_A, Age.SESSION, {"Abort": _B}, "the record says abort"),
         *_in(_A, Age.SESSION, {"Arm": _A}, "said again"),
         *_in(_A, Age.SESSION, {"Commit": _M}, "the record says commit"),
@@ -334,6 +338,7 @@ JOB = JobTable(
             Ask("AwaitConverged", "stages"),
             Ask("Throttle", "scheduler", optional=True),
         ),
+        Phase.WRITE_THROUGH: (Ask("WriteThrough", "stages"),),
         Phase.ARMED: (Ask("Arm", "stages"), Ask("Propose", "scheduler")),
         Phase.SWITCHING: (
             Ask("Settle(commit)", "scheduler", record="commit"),
@@ -356,11 +361,18 @@ JOB = JobTable(
         Edge(Phase.PLANNED, Phase.ABORTED, why="refused; nothing was done"),
         Edge(Phase.ADMITTED, Phase.STAGING, answered=True),
         Edge(Phase.STAGING, Phase.PATCHING, answered=True),
-        Edge(Phase.PATCHING, Phase.ARMED, answered=True),
+        Edge(Phase.PATCHING, Phase.WRITE_THROUGH, answered=True),
+        Edge(Phase.WRITE_THROUGH, Phase.ARMED, answered=True),
         Edge(Phase.ARMED, Phase.SWITCHING, record="commit", answered=True, why="decided"),
         *(
             Edge(phase, Phase.ABORTING, why="an error, a cancel or the deadline")
-            for phase in (Phase.ADMITTED, Phase.STAGING, Phase.PATCHING, Phase.ARMED)
+            for phase in (
+                Phase.ADMITTED,
+                Phase.STAGING,
+                Phase.PATCHING,
+                Phase.WRITE_THROUGH,
+                Phase.ARMED,
+            )
         ),
         Edge(Phase.ABORTING, Phase.ABORTED, record="abort"),
         Edge(Phase.ABORTING, Phase.SWITCHING, record="commit", why="it was decided all the same"),

@@ -95,6 +95,11 @@ class DirtyTracker:
         self._marks = _device_marks(device, num_slots, marked_steps)
         self._core = _core.DirtyTracker(num_slots, next_seq, self._marks)
 
+    @property
+    def core(self) -> _core.DirtyTracker:
+        """What the core's other layers take."""
+        return self._core
+
     def open(self, seq: int) -> None:
         """Begin the log of step `seq`.
 

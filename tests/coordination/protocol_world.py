@@ -22,7 +22,13 @@ SOURCES = {0: (1,), 1: (), 2: (1,)}
 TARGETS = {0: (), 1: (0, 2), 2: ()}
 EMPTY = 2
 """The stage that holds nothing in the old placement."""
-UNDECIDED = (Phase.ADMITTED, Phase.STAGING, Phase.PATCHING, Phase.ARMED)
+UNDECIDED = (
+    Phase.ADMITTED,
+    Phase.STAGING,
+    Phase.PATCHING,
+    Phase.WRITE_THROUGH,
+    Phase.ARMED,
+)
 
 
 @dataclass(frozen=True)

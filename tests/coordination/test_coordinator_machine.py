@@ -18,7 +18,7 @@ from simulation import Pipeline
 import pipelive_kv as pk
 
 LAYERS = 6
-PHASES = ["admitted", "staging", "patching", "armed", "switching"]
+PHASES = ["admitted", "staging", "patching", "write_through", "armed", "switching"]
 
 
 def counts(stages):

@@ -124,8 +124,6 @@ def test_a_promise_outlasts_the_deadline(source):
     session.await_converged(60)
     session.promise()
     assert session._ends_at == math.inf
-    session.commit(1)
-    session.await_tail(60)
 
 
 # -- through the coordinator ---------------------------------------------------------------------

@@ -94,7 +94,13 @@ def test_a_course_keeps_to_the_table():
         course.enter(Phase.ADMITTED)
     with pytest.raises(ProtocolError, match="from planned to switching"):
         course.enter(Phase.SWITCHING)
-    for phase in (Phase.ADMITTED, Phase.STAGING, Phase.PATCHING, Phase.ARMED):
+    for phase in (
+        Phase.ADMITTED,
+        Phase.STAGING,
+        Phase.PATCHING,
+        Phase.WRITE_THROUGH,
+        Phase.ARMED,
+    ):
         for ask in JOB.asks[course.phase]:
             course.check_ask(ask.event)
             course.answered(ask.event)

@@ -77,8 +77,8 @@ def _without_running(*events):
 
 _S = StageState
 _UNARMED = _stage(
-    (_S.COPYING, "Commit", _S.COMMITTED),
-    (_S.COPYING, STAMP_K, _S.SWITCHED),
+    (_S.WRITING, "Commit", _S.COMMITTED),
+    (_S.WRITING, STAMP_K, _S.SWITCHED),
 )
 
 BROKEN = {
@@ -95,7 +95,7 @@ BROKEN = {
     "no vote": (
         Tables(job=_without_ask(Phase.ARMED, "Arm")),
         Faults(),
-        "of the new epoch in state copying",
+        "of the new epoch in state writing",
     ),
     "no vote, and none is missed": (
         Tables(job=_without_ask(Phase.ARMED, "Arm"), stage=_UNARMED),

@@ -96,7 +96,16 @@ def test_reports_name_the_phases_in_order(pipeline):
     )
     p.run_until(job)
     report = job.wait(timeout=1)
-    order = ["admitted", "staging", "patching", "armed", "switching", "releasing", "done"]
+    order = [
+        "admitted",
+        "staging",
+        "patching",
+        "write_through",
+        "armed",
+        "switching",
+        "releasing",
+        "done",
+    ]
     assert [phase.value for phase in seen] == order
     assert [span.phase.value for span in report.phases] == ["planned", *order[:-1]]
     assert all(span.end_ns >= span.start_ns for span in report.phases)
@@ -122,7 +131,9 @@ def test_a_failing_hook_changes_nothing(pipeline, hook, rank):
     _reconfigure(p, target.counts)
 
 
-@pytest.mark.parametrize("phase", ["admitted", "staging", "patching", "armed", "switching"])
+@pytest.mark.parametrize(
+    "phase", ["admitted", "staging", "patching", "write_through", "armed", "switching"]
+)
 def test_cancel_in_each_phase(pipeline, phase):
     p = pipeline([4, 2])
     p.run(20)

@@ -66,7 +66,7 @@ def _step(pipeline):
         pipeline.scheduler.freed(pipeline.sequences.pop(0).blocks)
 
 
-@pytest.mark.parametrize("phase", ["admitted", "staging", "patching", "armed"])
+@pytest.mark.parametrize("phase", ["admitted", "staging", "patching", "write_through", "armed"])
 def test_it_dies_without_harm(pipeline, start, phase):
     for _ in range(20):
         _step(pipeline)

@@ -1,5 +1,6 @@
 #include "pipelive/tracker/dirty_tracker.hpp"
 
+#include <chrono>
 #include <new>
 #include <string>
 #include <utility>
@@ -11,6 +12,11 @@ namespace pipelive {
 namespace {
 
 constexpr std::size_t kSpareLogs = 16;
+constexpr std::chrono::milliseconds kLookAgain{10};
+
+Deadline sooner(Deadline deadline, std::chrono::nanoseconds most) {
+  return deadline.remaining() < most ? deadline : Deadline::after(most);
+}
 
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorCode::invalid_argument, message);
@@ -202,20 +208,40 @@ void DirtyTracker::seal(std::int64_t seq, std::shared_ptr<Event> event) {
 
 void DirtyTracker::wait_sealed(std::int64_t seq, Deadline deadline) {
   std::unique_lock lock(mutex_);
+  if (await_sealed_locked(lock, seq, nullptr, deadline)) return;
+  throw Error(ErrorCode::timeout,
+              "DirtyTracker.wait_sealed: step " + std::to_string(last_sealed() + 1) +
+                  " was not completed, step " + std::to_string(seq) + " is waited for");
+}
+
+bool DirtyTracker::await_sealed(std::int64_t seq, const std::atomic<bool>& stop,
+                                Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  return await_sealed_locked(lock, seq, &stop, deadline);
+}
+
+void DirtyTracker::wake() {
+  const std::lock_guard lock(mutex_);
+  changed_.notify_all();
+}
+
+bool DirtyTracker::await_sealed_locked(std::unique_lock<std::mutex>& lock, std::int64_t seq,
+                                       const std::atomic<bool>* stop, Deadline deadline) {
   while (true) {
     notice_events();
     const std::int64_t sealed = last_sealed();
-    if (sealed >= seq) return;
-    if (deadline.passed()) {
-      throw Error(ErrorCode::timeout, "DirtyTracker.wait_sealed: step " +
-                                          std::to_string(sealed + 1) + " was not completed, step " +
-                                          std::to_string(seq) + " is waited for");
-    }
+    if (sealed >= seq) return true;
+    if (deadline.passed() || (stop != nullptr && stop->load())) return false;
     const auto place = static_cast<std::size_t>(sealed + 1 - first_seq_);
     const std::shared_ptr<Event> event = place < steps_.size() ? steps_[place].event : nullptr;
     if (event) {
       lock.unlock();
-      event->wait(deadline);
+      try {
+        // A wait for the device cannot be woken, so one that may be told to stop is cut short.
+        event->wait(stop == nullptr ? deadline : sooner(deadline, kLookAgain));
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::timeout) throw;
+      }
       lock.lock();
     } else {
       changed_.wait_until(lock, deadline.at());

@@ -34,6 +34,7 @@ from pipelive_kv.messages import (
     Shrink,
     StartCopy,
     Throttle,
+    WriteThrough,
 )
 from pipelive_kv.protocol import Phase
 from pipelive_kv.record import Decision, DecisionRecord
@@ -69,6 +70,7 @@ class Reconfiguration(Ending):
             self._admit()
             self._stage()
             self._patch()
+            self._write_through()
             self._arm()
             if self._options.dry_run:
                 raise DryRunEnd("a dry run ends here")
@@ -180,6 +182,13 @@ class Reconfiguration(Ending):
             request = Throttle(self.epoch, share, self._job.rest())
             self._to.scheduler(request, Done, self._job.rest())
             self._report.throttle = share
+
+    # write-through: what is left is what each step writes, and it goes out at the step's end
+
+    def _write_through(self) -> None:
+        job = self._job
+        job.enter(Phase.WRITE_THROUGH)
+        self._to.all(lambda _: WriteThrough(self.epoch, job.rest()), Done, job.rest())
 
     # armed: every stage has voted
 

@@ -22,6 +22,7 @@ PHASE_COLORS = {
     "admitted": "#c4d3de",
     "staging": "#f5d9a8",
     "patching": "#f2b8a0",
+    "write_through": "#f5cdb0",
     "armed": "#e58f8a",
     "switching": "#e3a6c0",
     "releasing": "#b9d8b4",

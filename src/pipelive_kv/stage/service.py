@@ -36,6 +36,7 @@ from pipelive_kv.messages import (
     StageInfo,
     StartCopy,
     Switched,
+    WriteThrough,
 )
 from pipelive_kv.migration import PatchReceiver, PatchSender
 from pipelive_kv.placement import Placement, whole_stacks
@@ -95,6 +96,9 @@ class StageService:
             case LoadWeights():
                 with self._working(request.timeout):
                     return self._load(request)
+            case WriteThrough():
+                with self._working(request.timeout):
+                    return self._write_through(request)
             case Arm():
                 with self._working(request.timeout):
                     return self._arm(request)
@@ -362,6 +366,13 @@ class StageService:
     def _load(self, request: LoadWeights) -> Done:
         self._session("LoadWeights", request.epoch).target.load(request.timeout)
         self._stage.take("LoadWeights", request.epoch)
+        return Done()
+
+    def _write_through(self, request: WriteThrough) -> Done:
+        source = self._session("WriteThrough", request.epoch).source
+        if source is not None:
+            source.write_through(request.timeout)
+        self._stage.take("WriteThrough", request.epoch)
         return Done()
 
     def _arm(self, request: Arm) -> Done:

@@ -102,6 +102,7 @@ class StageSession:
             if source is not None
             else "",
             verified_slots=source.verified_slots if source is not None else 0,
+            tail_s=source.tail_seconds(self._last_old_end_ns) if source is not None else 0.0,
         )
 
     def interrupt(self) -> None:

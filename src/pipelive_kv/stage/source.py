@@ -1,4 +1,4 @@
-"""The giving side of a move: bulk copy, rounds of patches, and the tail."""
+"""The giving side of a move: bulk copy, rounds of patches, write-through, and the tail."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.messages import Converged, RoundRecord
-from pipelive_kv.migration import PatchSender, StopPredictor
+from pipelive_kv.migration import PatchSender, SentStep, StopPredictor, WriteThrough
 from pipelive_kv.stage.limits import JOIN_TIMEOUT, TRANSFER_TIMEOUT
 from pipelive_kv.tracker import DirtyTracker
 
 Ranges = npt.NDArray[np.uint64]
 _LOOK_AGAIN = 0.01  # seconds that a wait for the GPU may keep a cancel waiting
+_LOOK_AT_CLOCK = 1.0  # seconds between two looks at the session's deadline in write-through
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ class _Shared:
     """The last prediction."""
     lowest_ms: float = math.inf
     without_gain: int = 0
+    wanted: bool = False
+    """Write-through was asked for."""
+    through: WriteThrough | None = None
+    """Write-through, once it runs."""
     error: PipeliveError | None = None
     rounds: list[RoundRecord] = field(default_factory=list)
     tail_done: bool = False
+    tail_ns: int = 0
+    """When the tail was applied."""
     bytes_sent: int = 0
 
 
@@ -64,9 +71,10 @@ class SourceSession:
     """Copies the moving layers of one stage to their targets while steps go on.
 
     The patch thread runs: the bulk of the live blocks first, then rounds that carry what the steps
-    sealed since have written. It goes on after it has converged, so that each step's slots are on
-    their way as soon as the step is complete, until :meth:`commit` names the last step it has to
-    send; with that step's writes applied at every target, the tail is over.
+    sealed since have written, each waiting for the one before to be applied. After
+    :meth:`write_through` it sends each step's slots as soon as the step is sealed and waits for
+    nothing, until :meth:`commit` names the last step it has to send; with that step's writes
+    applied at every target, the tail is over.
     """
 
     def __init__(
@@ -136,7 +144,10 @@ class SourceSession:
                 return
             self._tracker.hold_from(step)
             self._shared.limit = step - 1
+            self._shared.wanted = True
             self._ends_at = math.inf
+            if self._shared.through is not None:
+                self._shared.through.end_after(step - 1)
             self._lock.notify_all()
 
     def await_converged(self, timeout: float) -> Converged:
@@ -164,6 +175,16 @@ class SourceSession:
             self._shared.without_gain = 0
             self._shared.lowest_ms = self._shared.predicted.predicted_stop_ms
             return msgspec.structs.replace(self._shared.predicted, stalled=True)
+
+    def write_through(self, timeout: float) -> None:
+        """From now on send each step's slots as soon as it is sealed; returns once that runs.
+
+        No rate limit holds from here on: what is sent is what the steps write.
+        """
+        with self._lock:
+            self._shared.wanted = True
+            self._lock.notify_all()
+        self._wait(lambda: self._shared.through is not None, timeout, "to write-through")
 
     def _is_stalled(self) -> bool:
         return self._shared.without_gain >= _ROUNDS_WITHOUT_GAIN
@@ -196,18 +217,39 @@ class SourceSession:
     def rounds(self) -> tuple[RoundRecord, ...]:
         """The rounds so far."""
         with self._lock:
-            return tuple(self._shared.rounds)
+            through = self._shared.through
+            found = list(self._shared.rounds)
+        if through is not None:
+            found += [self._record_of(step) for step in through.sent()]
+        return tuple(found)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of KV sent so far, to all targets."""
-        return self._shared.bytes_sent
+        through = self._shared.through
+        return self._shared.bytes_sent + (through.bytes_sent if through is not None else 0)
 
     @property
     def lag_steps(self) -> int:
-        """Steps that the stage has completed and the targets have not applied."""
+        """Steps that the stage has completed and the targets have not applied.
+
+        In write-through: that it has not sent, since nobody waits to hear that they are applied.
+        """
         with self._lock:
-            return max(0, self._shared.sealed - max(self._shared.applied, self._start_seq))
+            through = self._shared.through
+            done = max(self._shared.applied, self._start_seq)
+            if through is not None:
+                done = max(done, through.sent_through)
+            return max(0, int(min(self._shared.sealed, self._last_to_send)) - done)
+
+    def tail_seconds(self, last_end_ns: int) -> float:
+        """From the end of the last old step, at ``last_end_ns``, until the tail was applied."""
+        tail_ns = self._shared.tail_ns
+        return max(0, tail_ns - last_end_ns) * 1e-9 if tail_ns and last_end_ns else 0.0
+
+    @property
+    def _last_to_send(self) -> float:
+        return math.inf if self._shared.limit is None else self._shared.limit
 
     @property
     def predicted_stop_ms(self) -> float:
@@ -218,6 +260,8 @@ class SourceSession:
         """Let the patch thread end, without waiting for it. May be called twice."""
         with self._lock:
             self._shared.stopping = True
+            if self._shared.through is not None:
+                self._shared.through.cancel()
             self._lock.notify_all()
         for move in self.outgoing:
             move.sender.cancel()
@@ -241,7 +285,7 @@ class SourceSession:
                 for move in self.outgoing:
                     weights(move)
             self._round(0, self._start_seq, live)
-            self._patch(max_rounds)
+            self._send_steps(*self._patch(max_rounds))
             self._finish()
         except PipeliveError as error:
             self._end(error)
@@ -252,15 +296,15 @@ class SourceSession:
             for move in self.outgoing:
                 move.sender.channel.close()
 
-    def _patch(self, max_rounds: int) -> None:
+    def _patch(self, max_rounds: int) -> tuple[int, int]:
+        """Rounds until write-through is wanted; returns the next number and what is sent."""
         number, sent_through = 1, self._start_seq
         while True:
             with self._lock:
                 if self._shared.stopping:
                     raise CancelledError("the migration was cancelled")
-                limit = self._shared.limit
-                if limit is not None and sent_through >= limit:
-                    return
+                if self._shared.wanted:
+                    return number, sent_through
             collected = self._tracker.collect()
             if collected.through_seq <= sent_through and not collected.num_slots:
                 self._converge(0, number, max_rounds)
@@ -270,6 +314,47 @@ class SourceSession:
             sent_through = collected.through_seq
             self._converge(self._tracker.pending_slots, number, max_rounds, after_round=True)
             number += 1
+
+    def _send_steps(self, number: int, sent_through: int) -> None:
+        senders = [move.sender for move in self.outgoing]
+        for sender in senders:
+            sender.set_rate_limit(None)
+        through = WriteThrough(
+            self._tracker,
+            senders,
+            sent_through=sent_through,
+            first_round=number,
+            keep_ranges=self._verify,
+            message_timeout=TRANSFER_TIMEOUT,
+        )
+        with self._lock:
+            if self._shared.stopping:
+                raise CancelledError("the migration was cancelled")
+            if self._shared.limit is not None:
+                through.end_after(self._shared.limit)
+            self._shared.through = through
+            self._lock.notify_all()
+        while not through.run(_LOOK_AT_CLOCK):
+            self._rest()
+        self._shared.tail_ns = time.monotonic_ns()
+        if self._verify:
+            self._sent.append(through.ranges)
+
+    def _record_of(self, step: SentStep) -> RoundRecord:
+        predicted = self._predictor.predict(bytes=step.bytes, records=step.records)
+        return RoundRecord(
+            number=step.round,
+            through_seq=step.through_seq,
+            slots=step.slots,
+            bytes=step.bytes,
+            records=step.records,
+            start_ns=step.start_ns,
+            end_ns=step.end_ns,
+            busy_s=step.busy_seconds,
+            lag_steps=step.lag_steps,
+            predicted_stop_ms=1e3 * predicted,
+            write_through=True,
+        )
 
     def _round(self, number: int, through: int, ranges: Ranges) -> None:
         start_ns = time.monotonic_ns()
@@ -347,11 +432,7 @@ class SourceSession:
     def _await_work(self, sent_through: int) -> None:
         with self._lock:
             shared = self._shared
-            while not (
-                shared.stopping
-                or shared.sealed > sent_through
-                or (shared.limit is not None and sent_through >= shared.limit)
-            ):
+            while not (shared.stopping or shared.wanted or shared.sealed > sent_through):
                 self._rest()
                 # Nothing may come: the engine is idle, or the deadline passes.
                 self._lock.wait(min(TRANSFER_TIMEOUT, self._ends_at - time.monotonic()))

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -90,6 +91,12 @@ class DirtyTracker {
   void seal(std::int64_t seq, std::shared_ptr<Event> event);
   /// Waits until every step up to `seq` is sealed; throws Error(timeout).
   void wait_sealed(std::int64_t seq, Deadline deadline);
+  /// The same for a thread that others tell when to stop: true once the steps are sealed, false
+  /// where the deadline has passed, or once `stop` is set and wake() was called.
+  [[nodiscard]] bool await_sealed(std::int64_t seq, const std::atomic<bool>& stop,
+                                  Deadline deadline);
+  /// Lets waits for sealed steps look at their flag.
+  void wake();
 
   /// Begins a log outside the steps. Returns its token, which is never given twice. Throws
   /// Error(busy) where kMaxOpenExternals are logged.
@@ -157,6 +164,8 @@ class DirtyTracker {
   static constexpr unsigned kHeldSet = 1;
   static constexpr unsigned kFirstStepSet = 2;
 
+  bool await_sealed_locked(std::unique_lock<std::mutex>& lock, std::int64_t seq,
+                           const std::atomic<bool>* stop, Deadline deadline);
   void notice_events();
   void fold_sealed_steps() noexcept;
   void await_take(std::unique_lock<std::mutex>& lock);
