@@ -111,8 +111,8 @@ def test_the_capacity_is_raised_again_without_it(pipeline, start):
     with pytest.raises(pk.ClosedError, match="phase admitted: stage/2 has gone"):
         job.wait(timeout=1)
     assert seen == [32]
-    assert pipeline.allocator.capacity == 40
     pipeline.check(pk.Placement.from_counts(OLD))
+    assert pipeline.allocator.capacity == 40
 
 
 def test_close_does_not_wait_for_the_dead(pipeline, start):

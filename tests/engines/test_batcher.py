@@ -82,6 +82,78 @@ def test_every_request_is_served_in_fixed_shapes(requests, lanes, capacity):
     assert driver.allocator.live() == [0]
 
 
+@settings(max_examples=60)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 17), st.integers(1, 9)), min_size=1, max_size=9, unique=True
+    ),
+    lanes=st.integers(1, 3),
+    cuts=st.sets(st.integers(0, 60), max_size=6),
+)
+def test_preempted_requests_run_the_same_tokens_again(requests, lanes, cuts):
+    """The tokens that a request's steps run, by position, and its row: each time the same."""
+    driver = Driver(lanes=lanes, capacity=24)
+    for number, (prompt, new) in enumerate(requests):
+        driver.batcher.add(number, Request(tuple(range(10, 10 + prompt)), new))
+    rows: dict[int, int] = {}
+    while not driver.batcher.is_idle:
+        driver.step()
+        for lane in driver.batcher._lanes:
+            for row, sequence in enumerate(lane.rows):
+                if sequence is not None:
+                    assert rows.setdefault(sequence.request_id, row) == row
+        if driver.seq in cuts:
+            live = driver.allocator.num_live
+            found = driver.batcher.preempt(5, 24)
+            assert len(found) >= min(5, live - 1)
+            driver.allocator.release(found)
+        assert driver.seq < 2000
+    for number, (_, new) in enumerate(requests):
+        assert driver.outputs[number] == [100 * number + at for at in range(new)]
+    assert driver.allocator.live() == [0]
+
+
+def test_a_preempted_request_is_fed_what_it_has_drawn():
+    driver = Driver(lanes=1)
+    driver.batcher.add(3, Request((1, 2), 4))
+    fed = []
+    for seq in range(12):
+        step, _ = driver.batcher.build(Stamp(seq, 0))
+        fed += [
+            (p, t)
+            for p, t, s in zip(step.positions, step.tokens, step.slots, strict=True)
+            if s >= 0
+        ]
+        tokens = [300 + len(s.output) for s in driver.batcher._lanes[0].running]
+        assert len(step.samples) == len(tokens)
+        driver.batcher.finish(seq, tokens)
+        if seq == 2:
+            driver.allocator.release(driver.batcher.preempt(1, 40))
+        if any(driver.batcher.end_of(s) for s in driver.batcher._lanes[0].rows if s):
+            break
+    first = [(0, 1), (1, 2), (2, 300), (3, 301)]
+    assert fed == [*first, *first, (4, 302)]
+
+
+def test_a_request_that_would_not_fit_is_left_alone():
+    driver = Driver(lanes=1)
+    driver.batcher.add(0, Request(tuple(range(20)), 4))
+    driver.step()
+    assert driver.batcher.preempt(1, 6) == []
+    assert len(driver.batcher.preempt(1, 7)) == 6
+    assert driver.batcher.preempted == 1
+
+
+def test_no_request_is_admitted_beyond_a_shrink():
+    driver = Driver(lanes=1)
+    driver.batcher.add(0, Request((1,) * 8, 4))  # 3 blocks
+    _, admitted = driver.batcher.build(Stamp(0, 0), 3)
+    assert admitted == []
+    driver.batcher.finish(0, [])
+    _, admitted = driver.batcher.build(Stamp(1, 0), 4)
+    assert admitted == [0]
+
+
 def test_prompts_and_decodes_take_turns():
     driver = Driver(lanes=1)
     driver.batcher.add(0, Request((1, 2), 6))

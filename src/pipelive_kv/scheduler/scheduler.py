@@ -9,12 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from pipelive_kv.control import ControlClient, ControlEndpoint
 from pipelive_kv.errors import (
-    BusyError,
-    CancelledError,
     ClosedError,
-    DeadlineError,
     InvalidArgumentError,
-    PipeliveError,
     ProtocolError,
 )
 from pipelive_kv.messages import (
@@ -48,7 +44,8 @@ from pipelive_kv.protocol import (
     event_of,
 )
 from pipelive_kv.record import Decision, DecisionRecord, FileDecisionRecord
-from pipelive_kv.scheduler.state import BlockOwner, ShrinkRequest, State, Switch, runs_of
+from pipelive_kv.scheduler.residency import Residency
+from pipelive_kv.scheduler.state import BlockOwner, State, Switch, runs_of
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +89,7 @@ class Scheduler:
         self._placement = placement
         self._lock = threading.Condition()
         self._state = State()
+        self._residency = Residency(allocator, self._state, self._lock)
         self._client = (
             ControlClient(control, "scheduler", self._handle, self._on_lost)
             if control is not None
@@ -119,8 +117,7 @@ class Scheduler:
     def wants_step(self) -> bool:
         """Whether a step without tokens would bring a reconfiguration forward."""
         with self._lock:
-            state = self._state
-            return state.shrink is not None or state.switch is not None
+            return self._residency.wants_step or self._state.switch is not None
 
     @property
     def hold_seconds(self) -> float:
@@ -132,12 +129,28 @@ class Scheduler:
         self._state.remap.append(callback)
 
     def on_capacity(self, callback: Callable[[int], None]) -> None:
-        """Have ``callback(capacity)`` called before a new capacity takes effect.
+        """Have ``callback(capacity)`` called inside :meth:`stamp` where a new one takes effect.
 
-        It runs inside :meth:`stamp` for a lower capacity, and may refuse that by raising a
-        PipeliveError; for a higher one it runs in a thread of the control plane and must not raise.
+        A lower capacity it may refuse by raising a PipeliveError, before anything has changed; a
+        higher one it may not.
         """
         self._state.capacity.append(callback)
+
+    def on_short(self, callback: Callable[[int], None]) -> None:
+        """Have ``callback(lacking)`` called where that many live blocks stand against a shrink.
+
+        It runs inside :meth:`stamp`. The engine may preempt or swap out requests and give their
+        blocks back with :meth:`freed`; it is asked again while that makes them fewer, and the
+        shrink is refused where it does not. Until the shrink is made, :attr:`wanted_capacity` says
+        what the engine had better not exceed again.
+        """
+        self._state.short.append(callback)
+
+    @property
+    def wanted_capacity(self) -> int | None:
+        """The capacity that a shrink under way is to reach; None without one."""
+        request = self._state.shrink
+        return request.capacity if request is not None else None
 
     def on_wants_step(self, callback: Callable[[], None]) -> None:
         """Have ``callback()`` called when :attr:`wants_step` becomes true: wake an idle engine.
@@ -181,7 +194,7 @@ class Scheduler:
             if state.share < 1 and (time.monotonic() > state.throttled_until or self._is_alone()):
                 self._set_share(1.0)
             self._wait_while_held()
-            self._try_shrink()
+            self._residency.apply()
             self._pass_switchover()
             stamp = Stamp(
                 seq=state.next_seq,
@@ -216,7 +229,7 @@ class Scheduler:
     def freed(self, ids: Iterable[int]) -> None:
         """Give block ids back; they are reused once the steps stamped so far have retired."""
         with self._lock:
-            self._allocator.release(list(ids), self._after_seq())
+            self._allocator.release(list(ids), self._residency.after_seq())
 
     def close(self) -> None:
         """Leave the control plane. May be called twice."""
@@ -264,42 +277,6 @@ class Scheduler:
         with self._lock:
             self._set_share(1.0)
             self._lock.notify_all()
-
-    def _after_seq(self) -> int | None:
-        """The last step that may still use ids freed now; None where no step is under way."""
-        last = self._state.next_seq - 1
-        return last if last > self._state.retired else None
-
-    def _try_shrink(self) -> None:
-        state, request = self._state, self._state.shrink
-        if request is None:
-            return
-        before = self._allocator.capacity
-        try:
-            for refuse in state.capacity:
-                refuse(request.capacity)
-            moves = self._allocator.plan_shrink(request.capacity)
-            self._allocator.apply_shrink(request.capacity, moves, self._after_seq())
-        except PipeliveError as error:
-            self._allocator.cancel_shrink()
-            # Freed ids may still be in quarantine; the next step may find them retired.
-            if not isinstance(error, BusyError) or time.monotonic() >= request.ends_at:
-                self._end_shrink(error)
-            return
-        for remap in state.remap:
-            if moves:
-                remap(moves)
-        if state.shrunk_for < 0:
-            state.capacity_before = before
-        state.shrunk_for = request.epoch
-        state.resize += 1
-        state.moves = tuple(sorted(moves.items()))
-        self._end_shrink(Resized(state.resize, request.capacity, len(moves)))
-
-    def _end_shrink(self, outcome: Resized | PipeliveError) -> None:
-        if self._state.shrink is not None:
-            self._state.shrink.outcome = outcome
-            self._state.shrink = None
 
     def _pass_switchover(self) -> None:
         state = self._state
@@ -372,7 +349,7 @@ class Scheduler:
                 newest_epoch=state.newest_epoch,
                 stages=self._placement.stages,
                 next_seq=state.next_seq,
-                capacity=self._allocator.capacity,
+                capacity=self._residency.capacity,
                 live=len(self._allocator.live()),
                 state=state.protocol.value,
                 resize=state.resize,
@@ -391,40 +368,14 @@ class Scheduler:
 
     def _shrink(self, request: Shrink) -> Resized:
         with self._lock:
-            state = self._state
             self._take("Shrink", request.epoch)
-            if request.capacity >= self._allocator.capacity:
-                return Resized(state.resize, self._allocator.capacity, 0)
-            if state.shrink is not None:
-                raise BusyError("Shrink: another shrink waits for a step")
-            ends_at = time.monotonic() + request.timeout
-            pending = ShrinkRequest(request.epoch, request.capacity, ends_at)
-            state.shrink = pending
-            self._wake()
-            while pending.outcome is None and not state.closed:
-                rest = pending.ends_at - time.monotonic()
-                if rest <= 0:
-                    state.shrink = None
-                    raise DeadlineError(
-                        f"the engine stamped no step within {request.timeout:g} s, so the capacity "
-                        f"could not shrink to {request.capacity} blocks"
-                    )
-                self._lock.wait(rest)
-            if isinstance(pending.outcome, PipeliveError):
-                raise pending.outcome
-            if pending.outcome is None:
-                raise ClosedError("Shrink: the scheduler was closed")
-            return pending.outcome
+            return self._residency.shrink(request, self._wake)
 
     def _raise_capacity(self, capacity: int) -> Done:
         with self._lock:
             self._take("RaiseCapacity")
-            if capacity > self._allocator.capacity:
-                self._allocator.raise_capacity(capacity)
-                for callback in self._state.capacity:
-                    callback(capacity)
-            if capacity >= self._state.capacity_before:
-                self._state.shrunk_for = self._state.capacity_before = -1
+            self._residency.raise_to(capacity)
+            self._wake()
         return Done()
 
     def _list_live(self) -> LiveBlocks:
@@ -493,8 +444,6 @@ class Scheduler:
         self._release_hold(epoch)
         if state.switch is not None and state.switch.epoch == epoch:
             state.switch = None
-        if state.shrink is not None and state.shrink.epoch == epoch:
-            self._allocator.cancel_shrink()
-            self._end_shrink(CancelledError(f"epoch {epoch} was given up"))
+        self._residency.forget(epoch)
         state.aborted = max(state.aborted, epoch)
         state.newest_epoch = max(state.newest_epoch, epoch)

@@ -51,6 +51,9 @@ class ShrinkRequest:
     epoch: int
     capacity: int
     ends_at: float
+    waits_for: int = -1
+    """The last step whose end can still make room."""
+    waits: int = 0
     outcome: Resized | PipeliveError | None = None
 
 
@@ -81,6 +84,8 @@ class State:
     shrunk_for: int = -1
     """The epoch that the capacity was lowered for, as long as it may have to be raised again."""
     capacity_before: int = -1
+    raise_to: int = -1
+    """The capacity from the next step on, where it is higher."""
     switch: Switch | None = None
     held_by: int | None = None
     held_until: float = 0.0
@@ -91,6 +96,7 @@ class State:
     closed: bool = False
     remap: list[Callable[[Mapping[int, int]], None]] = field(default_factory=list)
     capacity: list[Callable[[int], None]] = field(default_factory=list)
+    short: list[Callable[[int], None]] = field(default_factory=list)
     wake: list[Callable[[], None]] = field(default_factory=list)
     throttle: list[Callable[[float], None]] = field(default_factory=list)
 

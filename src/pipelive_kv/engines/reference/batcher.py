@@ -29,6 +29,7 @@ class Sequence:
         blocks: its block ids; all it can ever need are taken when it is admitted.
         cached: tokens whose KV is in the cache or on its way there.
         output: tokens drawn so far.
+        row: of its lane; a preempted one comes back to it.
     """
 
     request_id: int
@@ -36,6 +37,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     output: list[int] = field(default_factory=list)
+    row: int | None = None
 
     @property
     def is_prefilled(self) -> bool:
@@ -74,6 +76,12 @@ class Batcher:
         self._eos = frozenset(eos)
         self._lanes = [_Lane([None] * config.max_batch) for _ in range(config.lanes)]
         self._count = 0
+        self._preempted = 0
+
+    @property
+    def preempted(self) -> int:
+        """How often a request has lost its blocks to a shrink, and began anew."""
+        return self._preempted
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
@@ -121,14 +129,49 @@ class Batcher:
             for sequence in filter(None, lane.rows):
                 sequence.blocks = [moves.get(block, block) for block in sequence.blocks]
 
-    def build(self, stamp: Stamp) -> tuple[Step, list[int]]:
+    def preempt(self, lacking: int, capacity: int) -> list[int]:
+        """Take the blocks of running requests, the youngest first; they are computed anew later.
+
+        What was computed comes out the same once more: a request goes back to its row, its prompt
+        through chunks and its output, without being drawn again, through decode steps.
+
+        Args:
+            lacking: how many blocks are wanted.
+            capacity: the capacity that they are wanted for; a request that would not fit keeps its
+                blocks, since it could not come back.
+
+        Returns:
+            Blocks for `Scheduler.freed`; fewer than wanted, even none, where there are no more.
+        """
+        running = [
+            (sequence, lane)
+            for lane in self._lanes
+            for sequence in lane.rows
+            if sequence is not None and len(sequence.blocks) < capacity
+        ]
+        found: list[int] = []
+        for sequence, lane in sorted(running, key=lambda pair: -pair[0].request_id):
+            if len(found) >= lacking:
+                break
+            found += self.remove(sequence)
+            sequence.cached = 0
+            # The oldest of them is the last one taken, and so the first one to come back.
+            lane.waiting.appendleft(sequence)
+            self._preempted += 1
+        return found
+
+    def build(self, stamp: Stamp, capacity: int | None = None) -> tuple[Step, list[int]]:
         """Build the step of a stamp.
+
+        Args:
+            stamp: of the step.
+            capacity: of a shrink that is to come: no request is admitted beyond it.
 
         Returns:
             The step, and the ids of the requests that it has admitted.
         """
         lane = self._lanes[stamp.seq % len(self._lanes)]
-        admitted = self._admit(lane, stamp.seq)
+        admitted = self._admit(lane, stamp.seq, capacity)
         rows = [sequence for sequence in lane.rows if sequence is not None]
         prefill = min(
             (s for s in rows if not s.is_prefilled), key=lambda s: s.request_id, default=None
@@ -169,21 +212,28 @@ class Batcher:
         """Take a sequence out of its row; returns its blocks, for `Scheduler.freed`."""
         for lane in self._lanes:
             lane.rows = [None if row is sequence else row for row in lane.rows]
+            if sequence in lane.waiting:  # preempted while its last step was under way
+                lane.waiting.remove(sequence)
         blocks, sequence.blocks = sequence.blocks, []
         return blocks
 
     # -- one step ------------------------------------------------------------------------------
 
-    def _admit(self, lane: _Lane, seq: int) -> list[int]:
+    def _admit(self, lane: _Lane, seq: int, capacity: int | None) -> list[int]:
         admitted: list[int] = []
         while lane.waiting and lane.waiting[0].request.arrival_step <= seq:
             free = [row for row, sequence in enumerate(lane.rows) if sequence is None]
             needed = self._blocks_for(lane.waiting[0].max_cached)
-            if not free or needed > self._allocator.num_free:
+            room = self._allocator.num_free
+            if capacity is not None:
+                room = min(room, capacity - self._allocator.num_live)
+            if not free or needed > room:
                 break
             sequence = lane.waiting.popleft()
             sequence.blocks = list(self._allocator.allocate(needed))
-            lane.rows[free[0]] = sequence
+            if sequence.row is None:
+                sequence.row = free[0]
+            lane.rows[sequence.row] = sequence
             admitted.append(sequence.request_id)
         return admitted
 
@@ -199,6 +249,8 @@ class Batcher:
         if sequence.is_prefilled:
             lane.running = [sequence]
             samples = [self._sample(sequence, 0)]
+        if sequence.output:  # preempted before: its tokens are known
+            lane.running, samples = [], []
         return Step(
             stamp=stamp,
             kind="prefill",
@@ -223,11 +275,13 @@ class Batcher:
                 continue
             at = sequence.cached
             sequence.cached += 1
-            tokens[row], positions[row] = sequence.output[-1], at
+            known = at - len(sequence.request.prompt)
+            tokens[row], positions[row] = sequence.output[known], at
             slots[row], lens[row] = self._slot(sequence, at), at + 1
             tables[row] = sequence.blocks
-            samples.append(self._sample(sequence, row))
-            lane.running.append(sequence)
+            if known + 1 == len(sequence.output):  # else preempted before: the next one is known
+                samples.append(self._sample(sequence, row))
+                lane.running.append(sequence)
         width = max(len(table) for table in tables)
         return Step(
             stamp=stamp,

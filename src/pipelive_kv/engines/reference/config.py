@@ -53,6 +53,8 @@ class EngineConfig:
         max_tokens: of a request, prompt and output together.
         threads: of each stage process for computing.
         reconfigurable: whether `Engine.reconfigure` may be called.
+        preempt: whether requests may be preempted, and computed anew later, where their blocks
+            stand against a reconfiguration; otherwise it is refused.
         transport: how KV travels between stages: "auto", "shm" or "tcp".
         start_method: of the stage processes. "forkserver" imports torch once for all engines of a
             process, "spawn" once per stage.
@@ -80,6 +82,7 @@ class EngineConfig:
     max_tokens: int = 1024
     threads: int = 1
     reconfigurable: bool = True
+    preempt: bool = False
     transport: str = "auto"
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     record_dir: Path | str | None = None

@@ -115,6 +115,11 @@ class Engine:
         return self._coordinator
 
     @property
+    def preempted(self) -> int:
+        """How often a request was preempted so that layers could move; see `EngineConfig`."""
+        return self._batcher.preempted
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of the stages, by rank."""
         return self._stages.pids if self._stages is not None else ()
@@ -223,6 +228,8 @@ class Engine:
             reads_retired=True,
         )
         self._scheduler.on_remap(self._batcher.remap)
+        if config.preempt:
+            self._scheduler.on_short(self._preempt)
         self._stages.await_ready(config.start_timeout)
         if self._coordinator is not None:
             self._coordinator.await_ready(config.start_timeout)
@@ -251,10 +258,16 @@ class Engine:
             stamp = scheduler.stamp()
             now = time.monotonic()
             self._note_arrivals(stamp.seq, now)
-            step, _ = self._batcher.build(stamp)
+            step, _ = self._batcher.build(stamp, scheduler.wanted_capacity)
             rows = sum(length > 0 for length in step.seq_lens)
             self._issued[stamp.seq] = _Issued(stamp.epoch, step.kind, rows, now)
             stages.send(step)
+
+    def _preempt(self, lacking: int) -> None:
+        scheduler = self.scheduler
+        capacity = scheduler.wanted_capacity
+        if capacity is not None:
+            scheduler.freed(self._batcher.preempt(lacking, capacity))
 
     def _note_arrivals(self, seq: int, now: float) -> None:
         for request_id, (step, submitted) in list(self._arrivals.items()):
