@@ -1,143 +1,209 @@
-"""Layers move inside vLLM while it decodes; every run is compared with one in which none moved."""
+"""Layers move inside vLLM while it decodes; every run is compared with one in which none moved.
+
+Prefix caching is on here; test_server.py moves without it.
+"""
 
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import pytest
 
-import pipelive_kv.engines.vllm as live
-from pipelive_kv import CancelledError, DeadlineError, InvalidArgumentError
-from tests.vllm.runs import Mover, generate, prompts, start, while_generating
+from pipelive_kv import (
+    BusyError,
+    CancelledError,
+    DeadlineError,
+    InvalidArgumentError,
+    OverBudgetError,
+)
+from tests.vllm.runs import Engine, prompts, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-EVEN, LATE, EARLY = [3, 3], [2, 4], [5, 1]
+BLOCKS = 400  # of 32 tokens, at three layers each
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["prefix caching", "no prefix caching"])
-def llm(request, tiny_llama, tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    patch.setenv("VLLM_PLUGINS", "pipelive")
-    found = start(tiny_llama, enable_prefix_caching=request.param)
+@pytest.fixture(scope="module")
+def engine(tiny_llama):
+    found = Engine(
+        tiny_llama,
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=BLOCKS,
+        max_num_seqs=40,
+        max_num_batched_tokens=128,  # long prompts are prefilled in chunks
+    )
     yield found
-    found.llm_engine.engine_core.shutdown()
-    patch.undo()
+    found.close()
 
 
-@pytest.fixture
-def unmoved(llm):
-    """Run requests with the layers as they are; again must give the same (or nothing is shown)."""
-
-    def run(wanted, tokens):
-        first, second = generate(llm, wanted, tokens), generate(llm, wanted, tokens)
-        assert first == second, "vLLM is not bit-stable here, so moved runs cannot be compared"
-        return first
-
-    return run
-
-
-def test_tokens_are_the_same_over_ten_random_moves(llm, unmoved):
+def test_tokens_are_the_same_over_ten_random_moves(engine):
     dice = random.Random(4)
     wanted = prompts(4, shared=40)
-    expected = unmoved(wanted, 400)
-    splits = []
-    for _ in range(10):
-        first = dice.choice([n for n in range(1, 6) if not splits or n != splits[-1][0]])
-        splits.append([first, 6 - first])
-    with Mover(llm, splits) as mover:
-        for _ in range(50):
-            assert generate(llm, wanted, 400) == expected
-            if len(mover.reports) + len(mover.errors) == len(splits):
-                break
-    assert mover.errors == []
-    assert all(report["bytes_moved"] > 0 for report in mover.reports)
-    assert live.status(llm)["layers"] == splits[-1]
-    assert generate(llm, wanted, 400) == expected
+    expected = engine.unmoved(wanted, 100)
+    here, moved = engine.status()["layers"][0], 0
+    for number in range(10):
+        here = dice.choice([n for n in range(1, 6) if n != here])
+        streams = [engine.submit(prompt, 100) for prompt in wanted]
+        streams[0].await_tokens(5 + 3 * number)
+        report = engine.reconfigure([here, 6 - here], verify=number % 2 == 1)
+        moved += report["bytes_moved"] > 0
+        assert report["to"] == [here, 6 - here]
+        assert [stream.result() for stream in streams] == expected
+    assert moved == 10
+    assert engine.generate(wanted, 100) == expected
 
 
-def test_cached_blocks_that_nobody_uses_move_too(llm, unmoved):
+def test_several_moves_in_one_request(engine):
+    wanted = prompts(4, shared=40, seed=2)
+    expected = engine.unmoved(wanted, 250)
+    streams = [engine.submit(prompt, 250) for prompt in wanted]
+    streams[0].await_tokens(5)
+    for split in ([1, 5], [4, 2], [2, 4]):
+        engine.reconfigure(split)
+    assert not any(stream.task.done() for stream in streams)
+    assert [stream.result() for stream in streams] == expected
+
+
+def test_cached_blocks_that_nobody_uses_move_too(engine):
     wanted = prompts(2, shared=128, seed=3)
-    expected = unmoved(wanted, 20)
-    here = live.status(llm)["layers"]
-    live.reconfigure(llm, [6 - here[0], 6 - here[1]] if here[0] != 3 else EARLY)  # while idle
-    assert generate(llm, wanted, 20) == expected
+    expected = engine.unmoved(wanted, 20)
+    report = engine.reconfigure(engine.elsewhere())  # while idle
+    assert report["bytes_moved"] > 0
+    before = engine.status()["blocks"]["live"]
+    assert engine.generate(wanted, 20) == expected
+    assert engine.status()["blocks"]["live"] <= before + 1  # what was cached was found again
 
 
-def test_requests_during_and_after_a_move(llm, unmoved):
-    wanted = prompts(6, seed=9)
-    expected = {tuple(p): unmoved([p], 60)[0] for p in wanted}
-    base = prompts(2, seed=40)
-    base_tokens = unmoved(base, 300)
-    target = EARLY if live.status(llm)["layers"] != EARLY else LATE
-    found, report = while_generating(llm, base, 300, lambda: live.reconfigure(llm, target))
-    assert report["to"] == target
-    assert found == base_tokens
-    for prompt in wanted:
-        assert generate(llm, [prompt], 60)[0] == expected[tuple(prompt)]
+@pytest.mark.parametrize("phase", ["planned", "admitted", "staging", "patching", "armed"])
+def test_requests_that_arrive_in_a_phase(engine, phase):
+    """A short one and one that is prefilled in chunks; then two batches are in flight."""
+    base, late = prompts(3, seed=9), [*prompts(1, seed=50), *prompts(1, seed=60, length=400)]
+    expected = engine.unmoved(base, 120), engine.unmoved(late, 60)
+    streams = [engine.submit(prompt, 120) for prompt in base]
+    streams[0].await_tokens(5)
+    target = engine.elsewhere()
+    engine.begin(target, pause=True, rate_limit=3e6)
+    engine.await_phase(phase)
+    added = [engine.submit(prompt, 60) for prompt in late]
+    added[1].await_tokens(1)
+    if phase in ("patching", "armed"):
+        engine.await_phase("armed")
+    engine.proceed()
+    after = engine.ended()
+    assert after["layers"] == target, after
+    assert [s.result() for s in streams] == expected[0]
+    assert [s.result() for s in added] == expected[1]
 
 
-def test_a_cancelled_move_leaves_everything_as_it_was(llm, unmoved):
+@pytest.mark.parametrize("phase", ["planned", "admitted", "staging", "patching", "armed"])
+def test_a_move_cancelled_in_a_phase_leaves_everything_as_it_was(engine, phase):
     wanted = prompts(3, seed=20)
-    expected = unmoved(wanted, 300)
-    before = live.status(llm)
-    target = EARLY if before["layers"] != EARLY else LATE
-
-    def act():
-        live.reconfigure(llm, target, wait=False, rate_limit=1000.0)
-        time.sleep(0.2)
-        live.cancel(llm)
-        while not live.status(llm)["job"]["final"]:
-            time.sleep(0.02)
-        return live.status(llm)
-
-    found, after = while_generating(llm, wanted, 300, act)
-    assert found == expected
+    expected = engine.unmoved(wanted, 80)
+    before, held = engine.status(), engine.memory()
+    streams = [engine.submit(prompt, 80) for prompt in wanted]
+    streams[0].await_tokens(5)
+    slow = 2e4 if phase in ("staging", "patching") else 0.0
+    engine.begin(engine.elsewhere(), pause=True, rate_limit=slow, max_stop_ms=0.01)
+    if phase != "armed":
+        engine.await_phase(phase)
+    engine.cancel()
+    after = engine.ended()
     assert after["job"]["error"]["type"] == CancelledError.__name__
-    assert after["layers"] == before["layers"]
-    assert after["epoch"] == before["epoch"]
+    assert (after["layers"], after["epoch"]) == (before["layers"], before["epoch"])
+    assert [stream.result() for stream in streams] == expected
+    assert engine.memory() == held
+    assert engine.generate(wanted, 80) == expected
 
 
-def test_a_move_past_its_deadline_is_given_up(llm):
-    target = EARLY if live.status(llm)["layers"] != EARLY else LATE
+def test_a_move_past_its_deadline_is_given_up(engine):
+    before = engine.status()["layers"]
     with pytest.raises(DeadlineError):
-        live.reconfigure(llm, target, timeout=0.01)
-    assert live.status(llm)["layers"] != target
+        engine.reconfigure(engine.elsewhere(), timeout=0.01)
+    assert engine.status()["layers"] == before
 
 
-@pytest.mark.parametrize("layers", [[6, 0], [3, 2], [2, 2, 2], [-1, 7], ["a", 3]])
-def test_bad_splits_are_refused(llm, layers):
+def test_a_second_move_is_refused_while_one_is_under_way(engine):
+    engine.begin(engine.elsewhere(), pause=True)
+    with pytest.raises(BusyError):
+        engine.reconfigure(engine.elsewhere())
+    engine.cancel()
+    engine.ended()
+
+
+@pytest.mark.parametrize("layers", [[6, 0], [3, 2], [2, 2, 2], [-1, 7], ["a", 3], [True, 5], []])
+def test_bad_splits_are_refused(engine, layers):
     with pytest.raises(InvalidArgumentError, match="layers is"):
-        live.reconfigure(llm, layers)
+        engine.reconfigure(layers)
 
 
-def test_bad_options_are_refused(llm):
+def test_bad_options_are_refused(engine):
     with pytest.raises(InvalidArgumentError, match="speed"):
-        live.reconfigure(llm, EARLY, speed=3)
+        engine.reconfigure([3, 3], speed=3)
     with pytest.raises(InvalidArgumentError, match="'peer'"):
-        live.reconfigure(llm, EARLY, weights_from="peer")
+        engine.reconfigure([3, 3], weights_from="peer")
 
 
-def test_a_zeroed_move_changes_the_tokens(llm, unmoved):
+def test_the_cache_shrinks_under_load_and_grows_again(engine):
+    """Room for 24 requests at the start, not at their end: some are preempted meanwhile."""
+    engine.reconfigure([3, 3])
+    held = engine.memory()
+    wanted = prompts(24, seed=70, length=180)
+    expected = engine.unmoved(wanted, 200)
+    streams = [engine.submit(prompt, 200) for prompt in wanted]
+    until(lambda: all(len(stream.tokens) >= 8 for stream in streams))
+    engine.begin([5, 1], pause=True)
+    engine.await_phase("armed")
+    during = engine.status()["blocks"]["capacity"]
+    assert during < BLOCKS
+    assert max(m["kv_bytes"] + m["weight_bytes"] - m["budget_bytes"] for m in engine.memory()) <= 0
+    until(lambda: any(len(stream.tokens) > 120 for stream in streams))
+    engine.proceed()
+    after = engine.ended()
+    assert after["layers"] == [5, 1], after
+    assert [stream.result() for stream in streams] == expected
+    engine.reconfigure([3, 3])
+    assert engine.status()["blocks"]["capacity"] >= BLOCKS
+    now = engine.memory()
+    for name in ("layers", "kv_bytes", "kv_held_bytes", "weight_bytes"):
+        assert [m[name] for m in now] == [m[name] for m in held]
+
+
+def test_a_shrink_that_does_not_fit_is_refused_with_the_blocks_named(engine):
+    wanted = prompts(30, seed=90, length=340)
+    expected = engine.unmoved(wanted, 30)
+    before, held = engine.status(), engine.memory()
+    streams = [engine.submit(prompt, 30) for prompt in wanted]
+    until(lambda: all(stream.tokens for stream in streams))
+    with pytest.raises(OverBudgetError, match=r"blocks are in use .* busy above are \[\d+"):
+        engine.reconfigure([5, 1])
+    assert engine.status()["layers"] == before["layers"]
+    assert [stream.result() for stream in streams] == expected
+    assert engine.memory() == held
+
+
+def test_memory_is_given_back(engine):
+    """Weights and KV of layers that went are gone from the worker's memory."""
+    engine.reconfigure([3, 3])
+    before, built = engine.memory(), engine.on_workers(_weights_alive)
+    for split in ([5, 1], [1, 5], [3, 3]):
+        engine.reconfigure(split)
+        assert [n for n, _ in engine.on_workers(_weights_alive)] == split
+    names = ("layers", "capacity", "kv_bytes", "kv_held_bytes", "weight_bytes")
+    after = engine.memory()
+    assert [[m[n] for n in names] for m in after] == [[m[n] for n in names] for m in before]
+    assert engine.on_workers(_weights_alive) == built
+
+
+def test_zeroed_kv_changes_the_tokens(engine):
     """The comparison can fail: with the moved KV zeroed, streams differ."""
     wanted = prompts(4, shared=30, seed=31)
-    expected = unmoved(wanted, 300)
-    target = EARLY if live.status(llm)["layers"] != EARLY else LATE
-    done = threading.Event()
-
-    def act():
-        report = live.reconfigure(llm, target)
-        llm.collective_rpc(_zero_kv)
-        done.set()
-        return report
-
-    found, report = while_generating(llm, wanted, 300, act)
-    assert done.is_set()
-    assert report["to"] == target
+    expected = engine.unmoved(wanted, 80)
+    streams = [engine.submit(prompt, 80) for prompt in wanted]
+    streams[0].await_tokens(5)
+    engine.reconfigure(engine.elsewhere())
+    engine.on_workers(_zero_kv)
+    found = [stream.result() for stream in streams]
     assert sum(a != b for a, b in zip(found, expected, strict=True)) > 0
-    llm.reset_prefix_cache()
+    engine.wait(engine.llm.reset_prefix_cache())
 
 
 def _zero_kv(worker):
@@ -145,16 +211,12 @@ def _zero_kv(worker):
         view[: worker.model_runner.pipelive.pool.capacity].zero_()
 
 
-def test_memory_is_given_back(llm):
-    from pipelive_kv.engines.vllm.worker import memory_of
+def _weights_alive(worker):
+    """(attention layers that exist in the process, layers that it has in its bookkeeping)."""
+    import gc
 
-    live.reconfigure(llm, EVEN)
-    before = llm.collective_rpc(memory_of)
-    for split in (EARLY, LATE, EVEN):
-        live.reconfigure(llm, split)
-    after = llm.collective_rpc(memory_of)
-    for then, now in zip(before, after, strict=True):
-        assert {k: now[k] for k in ("layers", "capacity", "kv_bytes", "weight_bytes")} == {
-            k: then[k] for k in ("layers", "capacity", "kv_bytes", "weight_bytes")
-        }
-        assert now["kv_bytes"] + now["weight_bytes"] <= now["budget_bytes"]
+    from vllm.model_executor.layers.attention import Attention
+
+    gc.collect()
+    alive = sum(type(found) is Attention for found in gc.get_objects())
+    return alive, len(worker.model_runner.pipelive.layers.layers)

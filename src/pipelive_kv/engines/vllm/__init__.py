@@ -10,6 +10,8 @@ What of vLLM is wrapped, and why, stands in :mod:`pipelive_kv.engines.vllm.wraps
 from pipelive_kv.engines.vllm.api import (
     cancel,
     cancel_async,
+    proceed,
+    proceed_async,
     reconfigure,
     reconfigure_async,
     status,
@@ -19,6 +21,8 @@ from pipelive_kv.engines.vllm.api import (
 __all__ = [
     "cancel",
     "cancel_async",
+    "proceed",
+    "proceed_async",
     "reconfigure",
     "reconfigure_async",
     "status",

@@ -57,6 +57,11 @@ def cancel(llm: Any) -> dict[str, Any]:
     return _checked(_caller(llm)("pipelive_cancel"))
 
 
+def proceed(llm: Any) -> dict[str, Any]:
+    """Let a reconfiguration begun with the option ``pause`` be decided; answers the status."""
+    return _checked(_caller(llm)("pipelive_proceed"))
+
+
 def reconfigure(
     llm: Any, layers: Sequence[int], *, timeout: float = 60.0, wait: bool = True, **options: Any
 ) -> dict[str, Any]:
@@ -98,6 +103,11 @@ async def status_async(engine: Any) -> dict[str, Any]:
 async def cancel_async(engine: Any) -> dict[str, Any]:
     """:func:`cancel` for an ``AsyncLLM``."""
     return _checked(await engine.engine_core.call_utility_async("pipelive_cancel"))
+
+
+async def proceed_async(engine: Any) -> dict[str, Any]:
+    """:func:`proceed` for an ``AsyncLLM``."""
+    return _checked(await engine.engine_core.call_utility_async("pipelive_proceed"))
 
 
 async def reconfigure_async(

@@ -92,8 +92,8 @@ class CoreState:
         """Start to take the pipeline to ``counts`` layers per rank; returns at once."""
         if (
             len(counts) != self._pp_size
+            or not all(type(count) is int and count >= 1 for count in counts)
             or sum(counts) != self._num_layers
-            or not all(isinstance(count, int) and count >= 1 for count in counts)
         ):
             raise InvalidArgumentError(
                 f"layers is {counts}, expected {self._pp_size} numbers of 1 or more that sum up "
@@ -122,6 +122,11 @@ class CoreState:
         """Give the reconfiguration under way up, unless it is decided."""
         if self._job is not None:
             self._job.cancel()
+
+    def proceed(self) -> None:
+        """Let a reconfiguration that was begun with ``pause`` be decided."""
+        if self._job is not None:
+            self._job.proceed()
 
     def status(self) -> dict[str, Any]:
         """Where the engine and its last reconfiguration stand."""
@@ -211,6 +216,16 @@ def pipelive_cancel(core: Any) -> dict[str, Any]:
     try:
         state = _state(core)
         state.cancel()
+        return state.status()
+    except PipeliveError as error:
+        return _refusal(error)
+
+
+def pipelive_proceed(core: Any) -> dict[str, Any]:
+    """Let a paused reconfiguration be decided."""
+    try:
+        state = _state(core)
+        state.proceed()
         return state.status()
     except PipeliveError as error:
         return _refusal(error)

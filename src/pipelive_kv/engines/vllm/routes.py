@@ -1,7 +1,8 @@
 """HTTP routes on vLLM's own API server; vLLM loads them as an endpoint plugin.
 
 ``POST /pipelive/reconfigure`` ``{"layers": [20, 10], "timeout": 60, "wait": true, "options": {}}``,
-``POST /pipelive/cancel`` and ``GET /pipelive/status``. All ask for the server's API key, which vLLM
+``POST /pipelive/cancel``, ``POST /pipelive/proceed`` (for one begun with the option ``pause``) and
+``GET /pipelive/status``. All ask for the server's API key, which vLLM
 itself does only below ``/v1``.
 """
 
@@ -13,7 +14,12 @@ from typing import Any
 
 import msgspec
 
-from pipelive_kv.engines.vllm.api import cancel_async, reconfigure_async, status_async
+from pipelive_kv.engines.vllm.api import (
+    cancel_async,
+    proceed_async,
+    reconfigure_async,
+    status_async,
+)
 from pipelive_kv.engines.vllm.metrics import Metrics
 from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
 
@@ -66,12 +72,16 @@ class PipeliveEndpoints:
         async def post_cancel(request: Any) -> Any:
             return JSONResponse(*await self._answer(request, self._cancel))
 
+        async def post_proceed(request: Any) -> Any:
+            return JSONResponse(*await self._answer(request, self._proceed))
+
         async def get_status(request: Any) -> Any:
             return JSONResponse(*await self._answer(request, self._status))
 
         for path, method, handler in (
             ("/reconfigure", "POST", post_reconfigure),
             ("/cancel", "POST", post_cancel),
+            ("/proceed", "POST", post_proceed),
             ("/status", "GET", get_status),
         ):
             # FastAPI reads the type, which is not there where this module is imported.
@@ -106,6 +116,9 @@ class PipeliveEndpoints:
 
     async def _cancel(self, request: Any) -> dict[str, Any]:
         return await cancel_async(self._engine)
+
+    async def _proceed(self, request: Any) -> dict[str, Any]:
+        return await proceed_async(self._engine)
 
     async def _reconfigure(self, request: Any) -> dict[str, Any]:
         wish = msgspec.json.decode(await request.body(), type=Wish)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
     from vllm.model_executor.models import utils as model_utils  # noqa: PLC0415
     from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+    from vllm.v1.engine.core_client import SyncMPClient  # noqa: PLC0415
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: PLC0415
 
     if hasattr(EngineCore.shutdown, _MARK):
@@ -33,11 +35,13 @@ def install() -> None:
     _wrap(GPUModelRunner, "execute_model", _execute_model)
     _wrap(GPUModelRunner, "_get_slot_mappings", _get_slot_mappings)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
+    _wrap(SyncMPClient, "_send_input", _send_input)
     _wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     _wrap(EngineCore, "_initialize_effective_attention_block_size", _scheduler_is_made)
     _wrap(EngineCore, "shutdown", _engine_core_shutdown)
     EngineCore.pipelive_reconfigure = core_side.pipelive_reconfigure
     EngineCore.pipelive_cancel = core_side.pipelive_cancel
+    EngineCore.pipelive_proceed = core_side.pipelive_proceed
     EngineCore.pipelive_status = core_side.pipelive_status
     try:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: PLC0415
@@ -140,6 +144,13 @@ def _create_engine_config(
     if options_of(config) is not None:
         check_supported(config)
     return config
+
+
+def _send_input(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """An ``LLM`` sends from one thread, and its socket must not be used from two: a layer move is
+    asked for from another thread than the one that generates."""
+    with self.__dict__.setdefault("pipelive_lock", threading.Lock()):
+        return original(self, *args, **kwargs)
 
 
 # -- engine core ----------------------------------------------------------------------------------

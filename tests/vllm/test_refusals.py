@@ -1,0 +1,85 @@
+"""What the plugin does not serve is refused before anything starts, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelive_kv import InvalidArgumentError
+
+pytestmark = pytest.mark.timeout(300)
+
+FITS = {
+    "skip_tokenizer_init": True,
+    "pipeline_parallel_size": 2,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 512,
+    "additional_config": {"pipelive": {}},
+}
+
+
+@pytest.fixture
+def config(tiny_llama):
+    from vllm import EngineArgs
+
+    from pipelive_kv.engines.vllm.plugin import register
+
+    register()  # as vLLM does in every process that it starts
+
+    def make(**settings):
+        return EngineArgs(model=str(tiny_llama), **(FITS | settings)).create_engine_config()
+
+    return make
+
+
+def test_what_fits_is_taken(config):
+    assert config().additional_config == {"pipelive": {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pipeline_parallel_size": 1}, "pipeline_parallel_size is 1"),
+        ({"enforce_eager": False}, "compiled"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype"),
+        ({"load_format": "dummy"}, "load_format is 'dummy'"),
+        ({"enable_lora": True}, "LoRA"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config, settings, says):
+    with pytest.raises(InvalidArgumentError, match=says):
+        config(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"pipeline_parallel_size": 1}, {"enforce_eager": False}])
+def test_an_engine_without_the_option_is_left_alone(config, settings):
+    config(additional_config={}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"speed": 1}, "speed"),
+        ({"budget_bytes": "much"}, "budget_bytes"),
+        ({"max_blocks": 0}, "max_blocks is 0"),
+        ({"load_nice": 40}, "load_nice is 40"),
+        ("yes", "pipelive is 'yes'"),
+    ],
+)
+def test_unknown_options_are_refused(config, options, says):
+    with pytest.raises(InvalidArgumentError, match=says):
+        config(additional_config={"pipelive": options})
+
+
+def test_another_release_of_vllm_is_refused_with_those_that_work(config, monkeypatch):
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    from pipelive_kv.engines.vllm.plugin import register
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
+    register()
+    with pytest.raises(InvalidArgumentError, match=r"works with vLLM 0\.32\.0; this is 0\.99\.0"):
+        config()
