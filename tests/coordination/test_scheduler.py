@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 import pipelive_kv as pk
+from pipelive_kv import messages
 from pipelive_kv.scheduler import runs_of
 from pipelive_kv.stage.session import StageSession
 
@@ -44,6 +45,46 @@ def test_a_step_needs_the_one_before_unless_the_engine_promises_more():
             found.append(made.stamp().needs)
         assert found == expected
         made.close()
+
+
+def test_what_another_thread_tells_counts_from_the_next_stamp_on():
+    """A step that is being built may not use what its stamp does not know to have retired."""
+    allocator = pk.BlockAllocator(32, 16)
+    made = pk.Scheduler(pk.Placement.from_counts([2, 2]), allocator=allocator, defers_hazards=True)
+    (block,) = allocator.allocate(1)
+    made.stamp()
+    made.freed([block])
+    assert made.stamp().needs == -1
+    listening = threading.Thread(target=made.retired, args=(0,))
+    listening.start()
+    listening.join()
+    assert block not in allocator.allocate(3)
+    assert made.stamp().needs == 0
+    assert block in allocator.allocate(1)
+    made.retired(1)
+    assert made.stamp().needs == 1
+    made.close()
+
+
+def test_steps_under_way_at_the_switchover_are_hazards():
+    made = pk.Scheduler(
+        pk.Placement.from_counts([2, 2]), allocator=pk.BlockAllocator(32, 16), defers_hazards=True
+    )
+    for _ in range(3):
+        made.stamp()
+    made.retired(0)
+    placement = pk.Placement.from_counts([3, 1])
+    made._handle(messages.Propose(1, placement.stages, "", 0, 60.0))
+    assert not any(made.is_hazard(seq) for seq in range(3))
+    made._handle(messages.Settle(1, commit=True))
+    assert (made.stamp().epoch, made.epoch) == (1, 1)
+    assert [made.is_hazard(seq) for seq in range(-1, 4)] == [False, False, True, True, False]
+    made.retired(1)
+    assert [made.is_hazard(seq) for seq in range(4)] == [False, False, True, False]
+    made.stamp()
+    made.retired(2)
+    assert not any(made.is_hazard(seq) for seq in range(5))
+    made.close()
 
 
 class _Target:

@@ -52,7 +52,7 @@ class Driver:
                 assert slot // BLOCK in self.allocator.live()
                 assert slot >= BLOCK  # never the null block
         assert len({slot for slot in step.slots if slot >= 0}) == sum(s >= 0 for s in step.slots)
-        tokens = [100 * s.request_id + len(s.output) for s in lane.running]
+        tokens = [100 * s.request_id + len(s.output) for s in lane.in_flight[self.seq]]
         for sequence, token in self.batcher.finish(self.seq, tokens):
             self.outputs.setdefault(sequence.request_id, []).append(token)
             if self.batcher.end_of(sequence):
@@ -124,7 +124,7 @@ def test_a_preempted_request_is_fed_what_it_has_drawn():
             for p, t, s in zip(step.positions, step.tokens, step.slots, strict=True)
             if s >= 0
         ]
-        tokens = [300 + len(s.output) for s in driver.batcher._lanes[0].running]
+        tokens = [300 + len(s.output) for s in driver.batcher._lanes[0].in_flight[seq]]
         assert len(step.samples) == len(tokens)
         driver.batcher.finish(seq, tokens)
         if seq == 2:

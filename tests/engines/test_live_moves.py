@@ -107,6 +107,28 @@ def test_tokens_are_the_same(tiny, still, family, settings, options):
     assert {step.epoch for step in mover.steps if step.rows} >= {0, 1, 2}
 
 
+def test_chunks_of_a_prompt_follow_each_other_over_switchovers(tiny, monkeypatch):
+    """The next chunk of a prompt is put off where the one before is under way at a switchover."""
+    path = tiny("qwen3")
+    shape = {"chunk": 4, "max_tokens": 160, "max_batch": 2, "max_blocks": 128}
+    requests = [
+        Request(tuple((5 * i + 3 * k) % 150 + 3 for k in range(150)), 3, stop_at_eos=False)
+        for i in range(4)
+    ]
+    with Engine(config(path, [3, 3], reconfigurable=False, **shape)) as engine:
+        expected = serve(engine, None, requests)
+    with Engine(config(path, [3, 3], chunks_in_flight=3, **shape)) as engine:
+        ask, answers = engine.scheduler.is_hazard, []
+        monkeypatch.setattr(
+            engine.scheduler, "is_hazard", lambda seq: answers.append(ask(seq)) or answers[-1]
+        )
+        mover = Mover(engine, [[5, 1], [1, 5], [4, 2], [2, 4]], first_step=4)
+        assert serve(engine, mover, requests) == expected
+        for job in mover.jobs:
+            job.wait(1)
+    assert any(answers)
+
+
 def test_lost_kv_is_noticed(tiny, still):
     """The comparison of tokens finds a moved layer without its KV."""
     path = tiny("qwen3")

@@ -118,7 +118,7 @@ class Residency:
     def after_seq(self) -> int | None:
         """The last step that may still use ids freed now; None where no step is under way."""
         last = self._state.next_seq - 1
-        return last if last > self._state.retired else None
+        return last if last > self._state.retired.through else None
 
     def _raise(self) -> None:
         state = self._state
@@ -168,7 +168,7 @@ class Residency:
         """Whether steps under way can still give back ids that the live ones could move to."""
         if time.monotonic() >= request.ends_at:
             return False
-        if request.waits_for > self._state.retired:
+        if request.waits_for > self._state.retired.through:
             return True
         last = self.after_seq()
         if last is None or request.waits >= _WAITS:

@@ -71,6 +71,10 @@ class Scheduler:
             is stamped while one that it follows on from is under way. A layer that has just moved
             then waits for the writes of retired steps alone, not for steps of other micro-batches
             that are still on their way through the pipeline.
+        defers_hazards: promise that the engine asks :meth:`is_hazard` of the steps whose writes a
+            request depends on, and leaves the request out of a step where the answer is true. For
+            engines whose steps may follow on from steps under way; the layer waits no longer then
+            than under ``reads_retired``.
         record: the decision record, where it is not the coordinator's directory of files.
     """
 
@@ -81,10 +85,11 @@ class Scheduler:
         allocator: BlockOwner,
         control: ControlEndpoint | None = None,
         reads_retired: bool = False,
+        defers_hazards: bool = False,
         record: DecisionRecord | None = None,
     ) -> None:
         self._record = record
-        self._reads_retired = reads_retired
+        self._names_needs = reads_retired or defers_hazards
         self._allocator = allocator
         self._placement = placement
         self._lock = threading.Condition()
@@ -193,9 +198,12 @@ class Scheduler:
                 raise ClosedError("Scheduler.stamp: the scheduler is closed")
             if state.share < 1 and (time.monotonic() > state.throttled_until or self._is_alone()):
                 self._set_share(1.0)
+            state.retired.builder = threading.get_ident()
             self._wait_while_held()
+            self._settle_retired()
             self._residency.apply()
             self._pass_switchover()
+            self._settle_retired()
             stamp = Stamp(
                 seq=state.next_seq,
                 epoch=state.epoch,
@@ -205,7 +213,7 @@ class Scheduler:
                 moves=state.moves,
                 # Not only what a step reads: a block that it is the first to use again may be in
                 # a patch of the step that used it last, which has retired too.
-                needs=state.retired if self._reads_retired else None,
+                needs=state.retired.through if self._names_needs else None,
             )
             state.next_seq += 1
             state.moves = ()
@@ -213,7 +221,10 @@ class Scheduler:
             return stamp
 
     def retired(self, seq: int) -> None:
-        """Tell that every stage has finished the steps up to ``seq``."""
+        """Tell that every stage has finished the steps up to ``seq``.
+
+        From the thread that stamps, it counts at once; from another one, for the next stamp.
+        """
         with self._lock:
             state = self._state
             if not 0 <= seq < state.next_seq:
@@ -221,10 +232,23 @@ class Scheduler:
                     f"retired(seq={seq}): expected the number of a stamped step, 0 to "
                     f"{state.next_seq - 1}"
                 )
-            if seq > state.retired:
-                state.retired = seq
-                self._allocator.retire(seq)
+            if state.retired.tell(seq):
+                self._allocator.retire(state.retired.through)
                 self._lock.notify_all()
+
+    def is_hazard(self, seq: int) -> bool:
+        """Whether what depends on step ``seq`` must not run in the step that was just stamped.
+
+        Ask it while a step is built, after :meth:`stamp`, with the last step that writes KV which a
+        request of the new step would read: the chunk of its prompt before this one, or the step
+        that computes blocks which it shares. It is true around a switchover alone, where that step
+        is still under way in the old placement: its KV may come to the new one after the request.
+        The wait ends when the steps that were under way at the switchover have retired.
+
+        Args:
+            seq: a stamped step, or -1 for none.
+        """
+        return self._state.retired.is_hazard(seq)
 
     def freed(self, ids: Iterable[int]) -> None:
         """Give block ids back; they are reused once the steps stamped so far have retired."""
@@ -278,6 +302,10 @@ class Scheduler:
             self._set_share(1.0)
             self._lock.notify_all()
 
+    def _settle_retired(self) -> None:
+        if self._state.retired.settle():
+            self._allocator.retire(self._state.retired.through)
+
     def _pass_switchover(self) -> None:
         state = self._state
         if state.switch is None or state.next_seq < state.switch.step:
@@ -295,6 +323,7 @@ class Scheduler:
         if switch is not None:
             self._take(STAMP_K, switch.epoch)
             state.epoch = switch.epoch
+            state.retired.first_step = switch.step
             state.shrunk_for = state.capacity_before = -1
             self._placement = switch.placement
             state.switch = None

@@ -11,6 +11,7 @@ from pipelive_kv.messages import Resized
 from pipelive_kv.placement import Placement
 from pipelive_kv.protocol import SCHEDULER, SchedulerState
 from pipelive_kv.record import DecisionRecord
+from pipelive_kv.scheduler.retired import RetiredSteps
 
 
 class BlockOwner(Protocol):
@@ -74,7 +75,7 @@ class State:
 
     protocol: SchedulerState = SCHEDULER.start
     next_seq: int = 0
-    retired: int = -1
+    retired: RetiredSteps = field(default_factory=RetiredSteps)
     epoch: int = 0
     newest_epoch: int = 0
     aborted: int = -1

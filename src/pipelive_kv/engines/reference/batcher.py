@@ -9,7 +9,7 @@ row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pipelive_kv.blocks import BlockAllocator
@@ -30,6 +30,7 @@ class Sequence:
         cached: tokens whose KV is in the cache or on its way there.
         output: tokens drawn so far.
         row: of its lane; a preempted one comes back to it.
+        written_by: the last step that runs tokens of it, -1 before the first.
     """
 
     request_id: int
@@ -38,6 +39,7 @@ class Sequence:
     cached: int = 0
     output: list[int] = field(default_factory=list)
     row: int | None = None
+    written_by: int = -1
 
     @property
     def is_prefilled(self) -> bool:
@@ -54,8 +56,8 @@ class Sequence:
 class _Lane:
     rows: list[Sequence | None]
     waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)  # in the order of the step's samples
-    is_busy: bool = False
+    in_flight: dict[int, list[Sequence]] = field(default_factory=dict)
+    """By step: whose tokens it draws, in the order of its samples."""
     was_prefill: bool = False
 
 
@@ -66,12 +68,19 @@ class Batcher:
         config: shapes and limits.
         allocator: block ids; the scheduler shares it.
         eos: tokens that end a text.
+        is_hazard: `Scheduler.is_hazard`; a request that follows on from such a step is put off.
     """
 
     def __init__(
-        self, config: EngineConfig, allocator: BlockAllocator, eos: Iterable[int] = ()
+        self,
+        config: EngineConfig,
+        allocator: BlockAllocator,
+        eos: Iterable[int] = (),
+        *,
+        is_hazard: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._config = config
+        self._is_hazard = is_hazard
         self._allocator = allocator
         self._eos = frozenset(eos)
         self._lanes = [_Lane([None] * config.max_batch) for _ in range(config.lanes)]
@@ -115,13 +124,17 @@ class Batcher:
         return not any(lane.waiting or any(lane.rows) for lane in self._lanes)
 
     def is_busy(self, seq: int) -> bool:
-        """Whether the lane of step `seq` still waits for its last step's result."""
-        return self._lanes[seq % len(self._lanes)].is_busy
+        """Whether the lane of step `seq` waits for a result before it can go on.
+
+        A step that draws tokens does; chunks of prompts that draw none may follow one another.
+        """
+        flying = self._lanes[seq % len(self._lanes)].in_flight
+        return any(flying.values()) or len(flying) >= self._config.chunks_in_flight
 
     @property
     def in_flight(self) -> bool:
         """Whether any step is under way."""
-        return any(lane.is_busy for lane in self._lanes)
+        return any(lane.in_flight for lane in self._lanes)
 
     def remap(self, moves: Mapping[int, int]) -> None:
         """Follow blocks that the scheduler moved; steps built from now on use the new ids."""
@@ -154,7 +167,7 @@ class Batcher:
             if len(found) >= lacking:
                 break
             found += self.remove(sequence)
-            sequence.cached = 0
+            sequence.cached, sequence.written_by = 0, -1
             # The oldest of them is the last one taken, and so the first one to come back.
             lane.waiting.appendleft(sequence)
             self._preempted += 1
@@ -172,12 +185,11 @@ class Batcher:
         """
         lane = self._lanes[stamp.seq % len(self._lanes)]
         admitted = self._admit(lane, stamp.seq, capacity)
-        rows = [sequence for sequence in lane.rows if sequence is not None]
+        rows = [row for row in lane.rows if row is not None and not self._is_hazard(row.written_by)]
         prefill = min(
             (s for s in rows if not s.is_prefilled), key=lambda s: s.request_id, default=None
         )
         has_decode = any(sequence.is_prefilled for sequence in rows)
-        lane.is_busy = True
         # Prompts and decodes take turns, so that neither waits for all of the other.
         if prefill is not None and not (lane.was_prefill and has_decode):
             lane.was_prefill = True
@@ -185,21 +197,21 @@ class Batcher:
         lane.was_prefill = False
         if has_decode:
             return self._decode(lane, stamp), admitted
-        lane.running = []
+        lane.in_flight[stamp.seq] = []
         return Step(stamp, "empty", [], [], [], [], [], [], [], []), admitted
 
     def finish(self, seq: int, tokens: list[int]) -> list[tuple[Sequence, int]]:
         """Take the tokens that step `seq` drew; returns each with its sequence."""
         lane = self._lanes[seq % len(self._lanes)]
-        if len(tokens) != len(lane.running):
+        running = lane.in_flight.get(seq, [])
+        if len(tokens) != len(running):
             raise InvalidArgumentError(
-                f"step {seq} drew {len(tokens)} tokens; expected {len(lane.running)}"
+                f"step {seq} drew {len(tokens)} tokens; expected {len(running)}"
             )
-        drawn = list(zip(lane.running, tokens, strict=True))
+        drawn = list(zip(running, tokens, strict=True))
         for sequence, token in drawn:
             sequence.output.append(token)
-        lane.is_busy = False
-        lane.running = []
+        lane.in_flight.pop(seq, None)
         return drawn
 
     def end_of(self, sequence: Sequence) -> str:
@@ -243,14 +255,15 @@ class Batcher:
         tokens = list(prompt[start : start + chunk])
         count, padding = len(tokens), chunk - len(tokens)
         sequence.cached += count
+        sequence.written_by = stamp.seq
         positions = list(range(start, start + count))
         samples = []
-        lane.running = []
+        lane.in_flight[stamp.seq] = []
         if sequence.is_prefilled:
-            lane.running = [sequence]
+            lane.in_flight[stamp.seq] = [sequence]
             samples = [self._sample(sequence, 0)]
         if sequence.output:  # preempted before: its tokens are known
-            lane.running, samples = [], []
+            lane.in_flight[stamp.seq], samples = [], []
         return Step(
             stamp=stamp,
             kind="prefill",
@@ -269,19 +282,23 @@ class Batcher:
         tokens, positions, slots, lens = [0] * size, [0] * size, [-1] * size, [0] * size
         tables: list[list[int]] = [[] for _ in range(size)]
         samples: list[Sample] = []
-        lane.running = []
+        running: list[Sequence] = []
+        lane.in_flight[stamp.seq] = running
         for row, sequence in enumerate(lane.rows):
             if sequence is None or not sequence.is_prefilled:
                 continue
+            if self._is_hazard(sequence.written_by):
+                continue
             at = sequence.cached
             sequence.cached += 1
+            sequence.written_by = stamp.seq
             known = at - len(sequence.request.prompt)
             tokens[row], positions[row] = sequence.output[known], at
             slots[row], lens[row] = self._slot(sequence, at), at + 1
             tables[row] = sequence.blocks
             if known + 1 == len(sequence.output):  # else preempted before: the next one is known
                 samples.append(self._sample(sequence, row))
-                lane.running.append(sequence)
+                running.append(sequence)
         width = max(len(table) for table in tables)
         return Step(
             stamp=stamp,

@@ -50,6 +50,8 @@ class EngineConfig:
         lanes: micro-batches in flight; step `seq` runs lane `seq % lanes`.
         max_batch: requests of one lane; a decode step always has this many rows.
         chunk: tokens of a prefill step, always.
+        chunks_in_flight: chunks of a lane's prompts under way at once; with more than one a long
+            prompt keeps all stages busy.
         max_tokens: of a request, prompt and output together.
         threads: of each stage process for computing.
         reconfigurable: whether `Engine.reconfigure` may be called.
@@ -79,6 +81,7 @@ class EngineConfig:
     lanes: int = 2
     max_batch: int = 4
     chunk: int = 32
+    chunks_in_flight: int = 1
     max_tokens: int = 1024
     threads: int = 1
     reconfigurable: bool = True
@@ -95,7 +98,10 @@ class EngineConfig:
             raise InvalidArgumentError(
                 f"device is {self.device!r}; expected 'cpu', 'cuda' or a GPU such as 'cuda:0'"
             )
-        for name in ("block_size", "lanes", "max_batch", "chunk", "max_tokens", "threads"):
+        for name in (
+            *("block_size", "lanes", "max_batch", "chunk", "chunks_in_flight"),
+            *("max_tokens", "threads"),
+        ):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_blocks < 2 or not 2 <= self.first_capacity <= self.max_blocks:

@@ -69,7 +69,12 @@ class Engine:
         self.config = config
         self._vocab_size = model.vocab_size
         self._allocator = BlockAllocator(config.max_blocks, config.first_capacity)
-        self._batcher = Batcher(config, self._allocator, model.eos_token_ids)
+        self._batcher = Batcher(
+            config,
+            self._allocator,
+            model.eos_token_ids,
+            is_hazard=self._is_hazard,
+        )
         self._lock = threading.Lock()
         self._submitted: list[tuple[int, Request, float]] = []
         self._next_id = 0
@@ -224,8 +229,10 @@ class Engine:
             config.placement,
             allocator=self._allocator,
             control=endpoint,
-            # A lane's next step is built from the results of its last one.
-            reads_retired=True,
+            # A lane's next step is built from the results of its last one, but for prompts whose
+            # chunks follow one another; the batcher puts those off around a switchover.
+            reads_retired=config.chunks_in_flight == 1,
+            defers_hazards=True,
         )
         self._scheduler.on_remap(self._batcher.remap)
         if config.preempt:
@@ -268,6 +275,9 @@ class Engine:
         capacity = scheduler.wanted_capacity
         if capacity is not None:
             scheduler.freed(self._batcher.preempt(lacking, capacity))
+
+    def _is_hazard(self, seq: int) -> bool:
+        return self.scheduler.is_hazard(seq)
 
     def _note_arrivals(self, seq: int, now: float) -> None:
         for request_id, (step, submitted) in list(self._arrivals.items()):
