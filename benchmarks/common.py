@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,6 +49,62 @@ class Spread:
         """Count and percentiles as table cells."""
         values = (self.p50, self.p90, self.p99, self.max)
         return [str(self.count), *(number(value * scale) for value in values)]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of two samples, with the interval that holds it in 95 of 100 resamplings."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, scale: float = 1.0) -> str:
+        """Such as "0.21 (0.15 to 0.30)"."""
+        low, high = number(self.low * scale), number(self.high * scale)
+        return f"{number(self.value * scale)} ({low} to {high})"
+
+
+def difference(
+    of: Sequence[Sequence[float]],
+    than: Sequence[Sequence[float]],
+    statistic: Callable[[Any], float],
+    *,
+    seed: int,
+    resamplings: int = 2000,
+) -> Interval:
+    """``statistic`` of all values of ``of`` less that of ``than``, with a bootstrap interval.
+
+    Each inner sequence is what one event has shown, such as the token gaps of one switchover:
+    events are resampled, not values, since values of one event are alike.
+    """
+    random = np.random.default_rng(seed)
+    samples = [
+        [np.asarray(event, dtype=np.float64) for event in x if len(event)] for x in (of, than)
+    ]
+
+    def at(chosen: Sequence[Any]) -> float:
+        return float(statistic(np.concatenate(list(chosen))))
+
+    if not all(samples):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    found = np.sort([
+        at([samples[0][i] for i in random.integers(len(samples[0]), size=len(samples[0]))])
+        - at([samples[1][i] for i in random.integers(len(samples[1]), size=len(samples[1]))])
+        for _ in range(resamplings)
+    ])  # fmt: skip
+    low, high = found[int(0.025 * resamplings)], found[int(0.975 * resamplings) - 1]
+    return Interval(at(samples[0]) - at(samples[1]), float(low), float(high))
+
+
+def percentile(share: float) -> Callable[[Any], float]:
+    """The measured value below which ``share`` of them lie, as `Spread` takes it."""
+
+    def measured(values: Any) -> float:
+        place = max(0, int(np.ceil(share * len(values))) - 1)
+        return float(np.partition(values, place)[place])
+
+    return measured
 
 
 SPREAD_HEAD = ("count", "p50", "p90", "p99", "max")

@@ -205,6 +205,11 @@ def test_the_report_splits_the_stop_time(pipeline):
     assert predicted.total_s == pytest.approx(report.predicted_stop_s)
     assert actual.total_s == pytest.approx(actual.decision_s + report.stop_s)
     assert actual.activate_s > 0
+    assert actual.gate_s == pytest.approx(actual.in_flight_s + actual.transfer_s)
+    assert 0 <= actual.in_flight_s <= actual.gate_s
+    assert report.stages[0].tail_s > 0
+    assert report.stages[1].tail_s == 0  # it gave nothing away
+    assert report.rounds[-1].write_through
 
 
 def test_a_dry_run_changes_nothing(pipeline):

@@ -91,7 +91,7 @@ class _Target:
     """Stands for the session's target side."""
 
     def __init__(self):
-        self.layers = ()
+        self.layers = (0,)
         self.waited = []
 
     def gate(self, layer, through, timeout):

@@ -45,6 +45,13 @@ class ActualStop:
     """The engine's own switch."""
     gate_s: float
     """Waits for the KV of gained layers, over all steps that had to."""
+    in_flight_s: float = 0.0
+    """Of the gate: until a source had run the steps that were waited for; no transfer's fault."""
+
+    @property
+    def transfer_s(self) -> float:
+        """Of the gate: from the end of the last step waited for until its writes were there."""
+        return self.gate_s - self.in_flight_s
 
     @property
     def total_s(self) -> float:
@@ -101,9 +108,13 @@ class Report:
     @property
     def actual_stop(self) -> ActualStop:
         """The stop time as it was, in its parts; :attr:`stop_s` is it without the decision."""
-        found = [(s.activate_s, s.gate_s) for s in self.stages]
-        activate, gate = max(found, key=sum, default=(0.0, 0.0))
-        return ActualStop(self.decision_wait_s, activate, gate)
+        if not self.stages:
+            return ActualStop(self.decision_wait_s, 0.0, 0.0)
+        worst = max(self.stages, key=lambda stage: stage.activate_s + stage.gate_s)
+        sources = {move.source for move in self.moves if move.target == worst.rank}
+        tail = max((s.tail_s for s in self.stages if s.rank in sources), default=0.0)
+        in_flight = max(0.0, worst.gate_s - tail)
+        return ActualStop(self.decision_wait_s, worst.activate_s, worst.gate_s, in_flight)
 
     @property
     def rounds(self) -> tuple[RoundRecord, ...]:

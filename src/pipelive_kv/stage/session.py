@@ -80,7 +80,7 @@ class StageSession:
 
     def gate(self, layer: int, needs: int, timeout: float) -> None:
         """Wait until ``layer`` holds the writes, up to ``needs``, of the old placement's steps."""
-        if self.switch_step is None:
+        if self.switch_step is None or layer not in self.target.layers:
             return
         start = time.monotonic_ns()
         self.target.gate(layer, min(needs, self.switch_step - 1), timeout)

@@ -37,6 +37,7 @@ class Incoming:
         self._error: PipeliveError | None = None
         self._finished = False
         self._cancelled = False
+        self._open_through = -1  # what the engine's thread has found applied
         self._thread = threading.Thread(
             target=self._run, name=f"pipelive-apply-from-{source}", daemon=True
         )
@@ -63,7 +64,9 @@ class Incoming:
 
     def wait_applied(self, seq: int, timeout: float) -> None:
         """The gate: wait until all writes of steps up to ``seq`` are applied."""
-        self.receiver(timeout).wait_applied(seq, timeout=timeout)
+        if seq > self._open_through:
+            self.receiver(timeout).wait_applied(seq, timeout=timeout)
+            self._open_through = seq
 
     def wait_finished(self, timeout: float) -> None:
         """Wait until the source has said that it is done (and verified, if it verifies)."""

@@ -6,6 +6,7 @@ import datetime
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -20,6 +21,9 @@ from pipelive_kv.engines.reference.messages import Failed, Ready, Step, StepDone
 from pipelive_kv.errors import InvalidArgumentError
 
 __all__ = ["Launch", "main", "results_address", "steps_address"]
+
+
+_SWITCH_INTERVAL = 2e-4  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ def main(launch: Launch) -> None:
     # cores lose most of their time when each starts a thread per core.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["OMP_NUM_THREADS"] = str(launch.config.threads)
+    # The engine's thread asks for the interpreter back after each call that gave it up; by default a
+    # thread of the control plane could keep it for 5 ms, which is longer than a switchover takes.
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     context = zmq.Context()
     results = context.socket(zmq.PUSH)
     results.connect(results_address(launch.directory))
