@@ -61,8 +61,8 @@ def main(launch: Launch) -> None:
     # cores lose most of their time when each starts a thread per core.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["OMP_NUM_THREADS"] = str(launch.config.threads)
-    # The engine's thread asks for the interpreter back after each call that gave it up; by default a
-    # thread of the control plane could keep it for 5 ms, which is longer than a switchover takes.
+    # The engine's thread asks for the interpreter back after each call that gave it up; by default
+    # a thread of the control plane may keep it for 5 ms, which is longer than a switchover takes.
     sys.setswitchinterval(_SWITCH_INTERVAL)
     context = zmq.Context()
     results = context.socket(zmq.PUSH)
