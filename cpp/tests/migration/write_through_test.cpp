@@ -144,6 +144,7 @@ TEST_P(WritingThrough, AnIdleStageIsToldThatItHasSentAll) {
   stage.tracker->seal_external(stage.tracker->record_external_ranges(external));
   stage.through->end_after(0);
   EXPECT_FALSE(stage.outcome.get());
+  stage.sender->finish(soon());
   EXPECT_EQ(stage.running->receiver.stats().slots, 4);  // of two layers
 }
 
