@@ -18,7 +18,7 @@ PACKAGE = "pipelive_kv"
 # Bottom up. A module may import modules of its own line and of the lines above it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_core",),
-    ("build_info", "cuda_arrays", "errors", "placement", "plan", "spec"),
+    ("build_info", "cuda_arrays", "errors", "placement", "plan", "spec", "waves"),
     (
         "attention",
         "blocks",

@@ -76,6 +76,11 @@ class StageInfo(Body, frozen=True):
     """The placement of that epoch."""
     session_from: Stages = ()
     """The placement that it takes over from."""
+    other_bytes: int = 0
+    """What of the budget is taken by neither KV nor weights of layers."""
+    block_bytes: int = 1
+    """Of one layer's block."""
+    page_bytes: int = 1
 
 
 class Admit(Body, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipelive_kv.errors import InvalidArgumentError
@@ -15,7 +15,7 @@ class StageBudget:
 
     Attributes:
         budget_bytes: physical memory for the KV and the weights of layers.
-        layer_bytes: weight bytes of one layer, rounded up to pages.
+        layer_bytes: weight bytes of one layer, rounded up to pages; or of every layer of the model.
         block_bytes: bytes of one layer's block.
         page_bytes: the unit of physical memory.
         stack: neighbouring layers whose blocks lie side by side.
@@ -23,7 +23,7 @@ class StageBudget:
     """
 
     budget_bytes: int
-    layer_bytes: int
+    layer_bytes: int | tuple[int, ...]
     block_bytes: int
     page_bytes: int = 2 << 20
     stack: int = 1
@@ -31,11 +31,17 @@ class StageBudget:
 
     def __post_init__(self) -> None:
         for name in ("budget_bytes", "layer_bytes", "other_bytes"):
-            if getattr(self, name) < 0:
+            found = getattr(self, name)
+            if (min(found, default=0) if isinstance(found, tuple) else found) < 0:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("block_bytes", "page_bytes", "stack"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+    def weights_of(self, layers: Iterable[int]) -> int:
+        """Weight bytes of ``layers``."""
+        of = self.layer_bytes
+        return sum(of[layer] if isinstance(of, tuple) else of for layer in layers)
 
     def bytes_needed(self, num_layers: int, blocks: int) -> int:
         """Bytes that the KV of ``num_layers`` layers with ``blocks`` blocks each takes."""
@@ -43,21 +49,48 @@ class StageBudget:
         pages = -(-blocks * self.stack * self.block_bytes // self.page_bytes)
         return stacks * pages * self.page_bytes
 
-    def blocks_that_fit(self, num_layers: int) -> int | None:
+    def blocks_that_fit(self, layers: int | Sequence[int]) -> int | None:
         """The most blocks per layer that fit beside the weights; None where no layer limits it.
 
         This is ``floor((M*u - L*W) / (L*P))`` of the PipeLive paper (arXiv 2604.12171), with M*u
         the budget, L the layers, W a layer's weights and P a layer's block, in whole pages for
         each stack. It is negative where the weights alone do not fit.
+
+        Args:
+            layers: the layers, or how many where all are of one size.
         """
-        if num_layers == 0:
+        chosen = range(layers) if isinstance(layers, int) else layers
+        if not chosen:
             return None
-        room = self.budget_bytes - self.other_bytes - num_layers * self.layer_bytes
+        room = self.budget_bytes - self.other_bytes - self.weights_of(chosen)
         if room < 0:
             return -1
-        stacks = -(-num_layers // self.stack)
+        stacks = -(-len(chosen) // self.stack)
         pages = room // (stacks * self.page_bytes)
         return pages * self.page_bytes // (self.stack * self.block_bytes)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What a stage lacks to hold the union of its layers."""
+
+    stage: int
+    layers: int
+    blocks: int
+    """The blocks that each layer must hold, the live ones."""
+    needed_bytes: int
+    budget_bytes: int
+
+    @property
+    def lacking_bytes(self) -> int:
+        """By how much the budget is too small."""
+        return self.needed_bytes - self.budget_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.stage} lacks {self.lacking_bytes} bytes: {self.layers} layers with "
+            f"{self.blocks} blocks need {self.needed_bytes}, its budget is {self.budget_bytes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,13 +104,18 @@ class Plan:
     """Blocks that fit on every stage afterwards."""
     tightest_stage: int
     """The stage that ``blocks_during`` comes from."""
-    reason: str = ""
-    """Empty, or which stage lacks how many bytes."""
+    shortages: tuple[Shortage, ...] = ()
+    """Which stages lack how many bytes."""
+
+    @property
+    def reason(self) -> str:
+        """Empty, or the shortages in words."""
+        return "; ".join(map(str, self.shortages))
 
     @property
     def fits(self) -> bool:
         """Whether the reconfiguration can be made."""
-        return not self.reason
+        return not self.shortages
 
 
 def plan(
@@ -108,23 +146,22 @@ def plan(
         )
     during: list[int] = []
     after: list[int] = []
-    reasons: list[str] = []
+    shortages: list[Shortage] = []
     for rank, budget in enumerate(stages):
         whole_stacks([current, target], budget.stack)
-        union = len(current.union_with(target, rank))
-        for found, count in ((during, union), (after, len(target.layers_of(rank)))):
-            fits = budget.blocks_that_fit(count)
+        union = current.union_with(target, rank)
+        for found, layers in ((during, union), (after, target.layers_of(rank))):
+            fits = budget.blocks_that_fit(layers)
             if fits is None or (max_blocks is not None and fits > max_blocks):
                 fits = max_blocks if max_blocks is not None else 2**63 - 1
             found.append(fits)
         least = max(live_blocks, 1)
-        if during[rank] < least and union > 0:
+        if during[rank] < least and union:
             needed = (
-                budget.other_bytes + union * budget.layer_bytes + budget.bytes_needed(union, least)
+                budget.other_bytes
+                + budget.weights_of(union)
+                + budget.bytes_needed(len(union), least)
             )
-            reasons.append(
-                f"stage {rank} lacks {needed - budget.budget_bytes} bytes: {union} layers with "
-                f"{least} blocks need {needed}, its budget is {budget.budget_bytes}"
-            )
+            shortages.append(Shortage(rank, len(union), least, needed, budget.budget_bytes))
     tightest = min(range(len(during)), key=lambda rank: during[rank])
-    return Plan(moves, during[tightest], min(after), tightest, "; ".join(reasons))
+    return Plan(moves, during[tightest], min(after), tightest, tuple(shortages))

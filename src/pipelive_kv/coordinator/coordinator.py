@@ -14,7 +14,7 @@ from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.options import MigrationOptions
 from pipelive_kv.coordinator.reconfiguration import DryRunEnd, Reconfiguration
 from pipelive_kv.coordinator.recovery import Recovery, Survey, survey
-from pipelive_kv.coordinator.report import Report
+from pipelive_kv.coordinator.route import Route
 from pipelive_kv.errors import (
     BusyError,
     ClosedError,
@@ -181,27 +181,44 @@ class Coordinator:
 
     def _carry_out(self, job: Job, target: Placement, options: MigrationOptions) -> None:
         try:
-            run = self._plan(job, target, options)
+            route = self._plan(job, target, options)
         except Exception as error:
             if not isinstance(error, PipeliveError):
                 _log.exception("a reconfiguration could not be planned")
             job.fail(_as_ours(error))
             job.enter(Phase.ABORTED)
             return
+        for number in range(len(route.path)):
+            self._carry_out_wave(job, route, number, options)
+            if job.is_over:
+                return
+
+    def _carry_out_wave(
+        self, job: Job, route: Route, number: int, options: MigrationOptions
+    ) -> None:
+        try:
+            report = route.begin(job, number, self._survey_between(job) if number else None)
+        except Exception as error:
+            job.fail(route.explained(job, number, _as_ours(error)))
+            job.enter(Phase.ABORTED)
+            return
+        to = Fanout(self._server, self._stages, job.course)
+        wave = route.wave(number)
+        run = Reconfiguration(to, self._record, self._record_dir, job, report, options, wave)
         try:
             run.until_decided()
         except DryRunEnd as end:
-            job.report.dry_run = True
+            job.report.dry_run = report.dry_run = True
             run.abort(end)
-            return
         except Exception as error:
             if not isinstance(error, PipeliveError):
                 _log.exception("a reconfiguration failed")
-            run.abort(_as_ours(error))
-            return
-        run.complete()
+            run.abort(route.explained(job, number, _as_ours(error)))
+        else:
+            run.complete()
+        route.end(run.room)
 
-    def _plan(self, job: Job, target: Placement, options: MigrationOptions) -> Reconfiguration:
+    def _plan(self, job: Job, target: Placement, options: MigrationOptions) -> Route:
         """Find out who and what is there, and whether the wish is a possible one."""
         to = Fanout(self._server, self._stages, job.course)
         with to.checking(job.rest):
@@ -211,19 +228,12 @@ class Coordinator:
                 recovery.run(fence=False)
                 found = survey(to, job.rest())
         _check_agreement(found, target)
-        scheduler = found.scheduler
-        current = Placement(scheduler.stages)
-        report = Report(
-            1 + max(found.newest_epoch, self._record.newest_epoch()),
-            current,
-            target,
-            tuple(current.moves_to(target)),
-            capacity_before=scheduler.capacity,
-            capacity_during=scheduler.capacity,
-            capacity_after=scheduler.capacity,
-        )
-        job.begin(report)
-        return Reconfiguration(to, self._record, self._record_dir, job, report, options)
+        epoch = 1 + max(found.newest_epoch, self._record.newest_epoch())
+        return Route(job, found, target, epoch, in_waves=options.waves == "auto")
+
+    def _survey_between(self, job: Job) -> Survey:
+        """Between two waves; a cancel is obeyed where there is something to take back."""
+        return survey(Fanout(self._server, self._stages, job.course), ABORT_TIMEOUT)
 
 
 def _check_agreement(found: Survey, target: Placement) -> None:

@@ -32,6 +32,8 @@ class Job:
         self._proceed = False
         self._error: PipeliveError | None = None
         self._report: Report | None = None
+        self._wave: Report | None = None
+        self._more = False
 
     @property
     def phase(self) -> Phase:
@@ -120,7 +122,15 @@ class Job:
     def begin(self, report: Report) -> None:
         """The plan is known."""
         with self._lock:
-            self._report = report
+            self._report = self._wave = report
+
+    def begin_wave(self, wave: Report, *, more: bool) -> None:
+        """One of several waves begins; with ``more``, its end is not that of the job."""
+        with self._lock:
+            self._wave = wave
+            self._more = more
+            if self._report is not None:
+                self._report.waves.append(wave)
 
     def enter(self, phase: Phase, *, lost: bool = False) -> None:
         """Go on to the next phase, which the protocol must allow; see :meth:`Course.enter`."""
@@ -128,9 +138,17 @@ class Job:
             now = time.monotonic_ns()
             before = self.phase
             self.course.enter(phase, lost=lost)
-            if self._report is not None:
-                self._report.phases.append(PhaseSpan(before, self._since_ns, now))
+            if self._wave is not None:
+                self._wave.phases.append(PhaseSpan(before, self._since_ns, now))
             self._since_ns = now
+            if phase.is_final and self._wave is not self._report:
+                if self._report is not None and self._wave is not None:
+                    self._report.absorb(self._wave)
+                self._wave = self._report
+            if phase is Phase.DONE and self._more and self._error is None:
+                # The next wave is an epoch of its own and takes the same course from its beginning.
+                self.course = Course()
+                phase = self.course.phase
             self._lock.notify_all()
         if self._on_phase is not None:
             self._on_phase(phase)
@@ -164,5 +182,6 @@ class Job:
         """Note why the job does not end as it was meant to."""
         with self._lock:
             self._error = error
-            if self._report is not None:
-                self._report.reason = str(error)
+            for report in (self._report, self._wave):
+                if report is not None:
+                    report.reason = str(error)

@@ -32,7 +32,9 @@ class MigrationOptions:
         margin: the switchover is this many steps ahead when it is decided, so that the record is
             written while steps go on.
         keep_capacity: do not raise the capacity after the switchover above what it was before.
-        pause: wait, armed, for Job.proceed before the switchover is decided; patches go on.
+        waves: ``auto`` makes several smaller reconfigurations of one whose union of layers does not
+            fit beside the live blocks, where that is possible; ``off`` refuses it.
+        pause: wait, armed, for Job.proceed before the (first) switchover is decided; patches go on.
         dry_run: do everything but the switchover, and take it back. The job ends as aborted, its
             report is complete up to the vote, and waiting for it raises nothing.
     """
@@ -47,6 +49,7 @@ class MigrationOptions:
     verify: bool = False
     margin: int = 2
     keep_capacity: bool = False
+    waves: Literal["auto", "off"] = "auto"
     pause: bool = False
     dry_run: bool = False
 
@@ -57,6 +60,8 @@ class MigrationOptions:
             raise InvalidArgumentError(
                 f"weights_from is {self.weights_from!r}, expected source or peer"
             )
+        if self.waves not in ("auto", "off"):
+            raise InvalidArgumentError(f"waves is {self.waves!r}, expected auto or off")
         if not self.max_stop_ms > 0:
             raise InvalidArgumentError(f"max_stop_ms is {self.max_stop_ms}, expected above 0")
         if self.max_rounds < 1:

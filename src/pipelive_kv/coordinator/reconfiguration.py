@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 from pipelive_kv.coordinator.ending import Ending
 from pipelive_kv.coordinator.fanout import Fanout
@@ -47,8 +48,24 @@ class DryRunEnd(CancelledError):  # noqa: N818 - it is no error
     """All has been tried but the switchover."""
 
 
+@dataclass(frozen=True)
+class Wave:
+    """How a reconfiguration stands to the others that it may be one wave of."""
+
+    capacity: int
+    """When it begins."""
+    first_capacity: int
+    """When the first one began."""
+    limit: int
+    """What the capacity stays at or below until the last one is over."""
+    is_last: bool
+
+
 class Reconfiguration(Ending):
     """One reconfiguration from the beginning."""
+
+    room = -1
+    """The blocks that every stage can hold afterwards, once that is known."""
 
     def __init__(
         self,
@@ -58,11 +75,13 @@ class Reconfiguration(Ending):
         job: Job,
         report: Report,
         options: MigrationOptions,
+        wave: Wave,
     ) -> None:
         super().__init__(fanout, record, job, report, capacity_after=report.capacity_before)
         self._record_dir = record_dir
         self._options = options
         self._stages = report.new.stages
+        self._wave = wave
 
     def until_decided(self) -> None:
         """All phases that can still be taken back, and the decision."""
@@ -82,16 +101,20 @@ class Reconfiguration(Ending):
         to, job, report = self._to, self._job, self._report
         job.enter(Phase.ADMITTED)
         if not report.moves:
+            self.room = self._after
             return
         admitted = to.all(lambda _: Admit(self.epoch, self._stages), Admitted, job.rest())
         lacking = [answer.reason for answer in admitted if answer.reason]
         if lacking:
             raise OverBudgetError("; ".join(lacking))
-        during = min(report.capacity_before, *(answer.during for answer in admitted))
-        self._after = min(answer.after for answer in admitted)
+        wave = self._wave
+        during = min(wave.capacity, wave.limit, *(answer.during for answer in admitted))
+        self.room = min(answer.after for answer in admitted)
         if self._options.keep_capacity:
-            self._after = min(self._after, report.capacity_before)
-        if during < report.capacity_before:
+            self.room = min(self.room, wave.first_capacity)
+        # Between two waves nothing may become live that the next one has no room for.
+        self._after = self.room if wave.is_last else during
+        if during < wave.capacity:
             resized = to.scheduler(Shrink(self.epoch, during, job.rest()), Resized, job.rest())
             report.capacity_during, report.blocks_moved = resized.capacity, resized.moved
             self._resize = resized.resize
@@ -219,7 +242,7 @@ class Reconfiguration(Ending):
                 "commit",
                 step=proposed.step,
                 stages=self._stages,
-                capacity=self._after,
+                capacity=self.room,
             )
         )
         job.course.recorded = decision.outcome

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pipelive_kv.messages import Converged, RoundRecord, Switched
 from pipelive_kv.placement import Move, Placement
+from pipelive_kv.plan import Shortage
 from pipelive_kv.protocol import Phase
 
 
@@ -84,6 +85,35 @@ class Report:
     dry_run: bool = False
     reason: str = ""
     """Why it was aborted."""
+    path: tuple[Placement, ...] = ()
+    """The placements that it goes by, the wished for one the last: one, or one for each wave."""
+    waves: list[Report] = field(default_factory=list)
+    """Where there are several waves: one report for each that was begun, in their order."""
+    shortages: tuple[Shortage, ...] = ()
+    """Where it was refused for want of memory: which stages lack how much."""
+    would_fit: tuple[Placement, ...] = ()
+    """With them: placements near to the wished for one to which it could go."""
+
+    @property
+    def placement(self) -> Placement:
+        """The placement that the outcome leaves: of an aborted wave, where the one before led."""
+        if not self.waves:
+            return self.new if self.step >= 0 else self.old
+        return self.waves[-1].placement
+
+    def absorb(self, wave: Report) -> None:
+        """Add up what a wave was and cost."""
+        self.epoch = wave.epoch
+        self.phases += wave.phases
+        self.step = wave.step if wave.new == self.new else -1
+        self.capacity_during = min(self.capacity_during, wave.capacity_during)
+        self.capacity_after = wave.capacity_after
+        self.blocks_moved += wave.blocks_moved
+        self.stages += wave.stages
+        self.converged += wave.converged
+        self.decision_wait_s += wave.decision_wait_s
+        self.throttle = min(self.throttle, wave.throttle)
+        self.reason = wave.reason
 
     @property
     def stop_s(self) -> float:

@@ -166,6 +166,9 @@ class StageService:
             session=session.epoch if session is not None else -1,
             session_stages=session.placement.stages if session is not None else (),
             session_from=session.old.stages if session is not None else (),
+            other_bytes=self._other_bytes(stats.used_bytes),
+            block_bytes=pool.spec.block_bytes,
+            page_bytes=pool.page_pool.page_bytes,
         )
 
     def _observe(self) -> Progress:
@@ -195,7 +198,7 @@ class StageService:
         target = Placement(request.stages)
         whole_stacks([target], stage.pool.stack)
         stats = stage.pool.page_pool.stats()
-        others = stats.used_bytes - self._own_bytes(stage.placement.layers_of(stage.pp_rank))
+        others = self._other_bytes(stats.used_bytes)
         fits, reasons = [], []
         union = stage.placement.union_with(target, stage.pp_rank)
         for layers in (union, target.layers_of(stage.pp_rank)):
@@ -212,6 +215,14 @@ class StageService:
                     f"block of {len(layers)} layers in its budget of {stats.budget_bytes} bytes"
                 )
         return Admitted(fits[0], fits[1], "; ".join(reasons))
+
+    def _other_bytes(self, used_bytes: int) -> int:
+        """What neither the layers that the stage runs nor those that it gains take."""
+        stage = self._stage
+        session = stage.session
+        gained = session.target.layers if session is not None else ()
+        held = {*stage.placement.layers_of(stage.pp_rank), *gained} & set(stage.pool.layers)
+        return max(0, used_bytes - self._own_bytes(tuple(sorted(held))))
 
     def _own_bytes(self, layers: tuple[int, ...]) -> int:
         pool = self._stage.pool
