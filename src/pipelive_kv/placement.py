@@ -21,7 +21,9 @@ class Move:
 class Placement:
     """A map of every layer of the model to one stage.
 
-    ``stages[rank]`` holds the layers of stage ``rank`` in ascending order; a stage may hold none.
+    ``stages[rank]`` holds the layers of stage ``rank`` in ascending order; a stage may hold none,
+    and may not be there then: placements of unlike numbers of stages are compared as if the shorter
+    one went on with stages without a layer.
     Layers run in the order of their indices and hidden states pass from a stage to the next one,
     so the layers of a stage are neighbours and come after those of the stages before it.
 
@@ -73,6 +75,10 @@ class Placement:
         """The number of stages, those without a layer included."""
         return len(self.stages)
 
+    def padded(self, num_stages: int) -> Placement:
+        """The same with stages without a layer at the end, so that there are ``num_stages``."""
+        return Placement(self.stages + ((),) * (num_stages - self.num_stages))
+
     def layers_of(self, stage: int) -> tuple[int, ...]:
         """The layers of ``stage``, ascending."""
         if not 0 <= stage < self.num_stages:
@@ -101,13 +107,15 @@ class Placement:
     def union_with(self, target: Placement, stage: int) -> tuple[int, ...]:
         """The layers that ``stage`` holds while this placement turns into ``target``."""
         self._check_same_model(target)
-        return tuple(sorted({*self.layers_of(stage), *target.layers_of(stage)}))
+        size = max(self.num_stages, target.num_stages)
+        own, others = self.padded(size), target.padded(size)
+        return tuple(sorted({*own.layers_of(stage), *others.layers_of(stage)}))
 
     def _check_same_model(self, other: Placement) -> None:
-        if (other.num_layers, other.num_stages) != (self.num_layers, self.num_stages):
+        if other.num_layers != self.num_layers:
             raise InvalidArgumentError(
                 f"the placement has {other.num_layers} layers on {other.num_stages} stages, "
-                f"expected {self.num_layers} layers on {self.num_stages} stages"
+                f"expected {self.num_layers} layers"
             )
 
     def __str__(self) -> str:

@@ -72,7 +72,19 @@ class Hooks(pk.EngineHooks):
 class StageWorker:
     """One stage and the thread that runs its steps."""
 
-    def __init__(self, rank, size, placement, endpoint, *, capacity, max_blocks, budget, transport):
+    def __init__(
+        self,
+        rank,
+        size,
+        placement,
+        endpoint,
+        *,
+        capacity,
+        max_blocks,
+        budget,
+        transport,
+        joins=False,
+    ):
         self.pool = pk.KVPool(
             spec(),
             num_layers=placement.num_layers,
@@ -91,6 +103,7 @@ class StageWorker:
             hooks=self.hooks,
             control=endpoint,
             transport=transport,
+            joins=joins,
         )
         self.inbox: queue.Queue[Message | None] = queue.Queue()
         self.forward = None
@@ -185,19 +198,58 @@ class Pipeline:
             for rank in range(len(counts) - remote)
         ]
         self.results: queue.Queue[Message | None] = queue.Queue()
-        for worker, following in zip(self.workers, self.workers[1:], strict=False):
-            worker.forward = following.inbox.put
-        self.workers[-1].forward = self.results.put
+        self._chain()
         for worker in self.workers:
-            # A worker that fails tells the driver, whatever its rank is.
-            forward = worker.forward
-            worker.forward = lambda m, f=forward: f(m) if m is not None else self.results.put(None)
             worker.thread.start()
+        self.settings = {"max_blocks": max_blocks, "budget": budget, "transport": transport}
+        self.endpoint = endpoint
         self.sequences: list[Sequence] = []
         self.next_token = 1
         self.flying = 0
         if self.coordinator is not None and not remote:
             self.coordinator.await_ready(30)
+
+    def _chain(self):
+        """Everybody passes messages on to the next one; call with no step under way."""
+        following = [worker.inbox.put for worker in self.workers[1:]]
+        for worker, forward in zip(self.workers, [*following, self.results.put], strict=True):
+            # A worker that fails tells the driver, whatever its rank is.
+            worker.forward = lambda m, f=forward: f(m) if m is not None else self.results.put(None)
+
+    def join(self, rank, *, capacity=None, **changes):
+        """A stage comes to the running pipeline."""
+
+        def attach():
+            size = max(rank + 1, self.scheduler.placement.num_stages)
+            worker = StageWorker(
+                rank,
+                size,
+                self.scheduler.placement.padded(size),
+                self.endpoint,
+                capacity=capacity or self.allocator.capacity,
+                joins=True,
+                **{**self.settings, **changes},
+            )
+            self.drain()
+            self.workers = sorted([*self.workers, worker], key=lambda w: w.stage.pp_rank)
+            self._chain()
+            worker.thread.start()
+            self.step()
+            self.drain()
+
+        self.coordinator.add_stage(rank, attach, timeout=60)
+
+    def leave(self, rank):
+        """A stage without layers goes."""
+
+        def detach():
+            self.drain()
+            (gone,) = [worker for worker in self.workers if worker.stage.pp_rank == rank]
+            self.workers.remove(gone)
+            self._chain()
+            gone.close()
+
+        self.coordinator.remove_stage(rank, detach, timeout=60)
 
     def _remap(self, moves):
         for sequence in self.sequences:
@@ -270,9 +322,9 @@ class Pipeline:
         self.run(3)
         self.drain()
         assert self.scheduler.placement == placement
-        for rank, worker in enumerate(self.workers):
+        for worker in self.workers:
             assert worker.stage.placement == placement
-            assert tuple(worker.pool.layers) == placement.layers_of(rank)
+            assert tuple(worker.pool.layers) == placement.layers_of(worker.stage.pp_rank)
             assert worker.stage.session is None
             assert worker.pool.capacity >= self.allocator.capacity
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipelive_kv.control import ControlEndpoint, ControlServer
+from pipelive_kv.coordinator.agreement import check_agreement, check_joined
 from pipelive_kv.coordinator.ending import ABORT_TIMEOUT
-from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout
+from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout, name_of
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.options import MigrationOptions
 from pipelive_kv.coordinator.reconfiguration import DryRunEnd, Reconfiguration
@@ -18,12 +21,12 @@ from pipelive_kv.coordinator.route import Route
 from pipelive_kv.errors import (
     BusyError,
     ClosedError,
+    DeadlineError,
     InvalidArgumentError,
     PipeliveError,
-    ProtocolError,
 )
 from pipelive_kv.messages import Observe, Progress
-from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.placement import Placement
 from pipelive_kv.protocol import Phase
 from pipelive_kv.record import Decision, FileDecisionRecord
 
@@ -32,13 +35,19 @@ _log = logging.getLogger(__name__)
 _FINISH_WITHIN = 2.0
 """Seconds that closing leaves a decided reconfiguration to complete while steps go on."""
 
+_GOES_WITHIN = 5.0
+"""Seconds that a stage which leaves has to end its connection."""
+
+_LOOK_EVERY = 0.01
+"""Seconds between two questions to a stage that joins."""
+
 
 class Coordinator:
     """Listens for the scheduler and the stages, and reconfigures on request, one at a time.
 
     Args:
         control: where to listen; see :attr:`endpoint` for the port that ``tcp://host:*`` became.
-        pp_size: the number of stages.
+        pp_size: the number of stages at the start; see :meth:`add_stage` for more.
         record_dir: where decisions are recorded; the scheduler must see the same directory.
     """
 
@@ -50,11 +59,11 @@ class Coordinator:
         self._record = FileDecisionRecord(record_dir)
         self._record_dir = str(self._record.directory.absolute())
         self._server = ControlServer(control)
-        self._stages = tuple(f"stage/{rank}" for rank in range(pp_size))
-        self._fanout = Fanout(self._server, self._stages)
+        self._ranks = tuple(range(pp_size))
         self._lock = threading.Lock()
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
+        self._changing = ""
         self._closed = False
 
     @property
@@ -68,11 +77,12 @@ class Coordinator:
         Raises:
             DeadlineError: naming who has not.
         """
-        self._server.await_participants([SCHEDULER_NAME, *self._stages], timeout)
+        names = [name_of(rank) for rank in self._ranks]
+        self._server.await_participants([SCHEDULER_NAME, *names], timeout)
 
     def observe(self, timeout: float = 5.0) -> tuple[Progress, ...]:
         """How every stage stands at this moment."""
-        return self._fanout.all(lambda _: Observe(), Progress, timeout)
+        return Fanout(self._server, self._ranks).all(lambda _: Observe(), Progress, timeout)
 
     def reconfigure(
         self,
@@ -88,7 +98,7 @@ class Coordinator:
         the stop time of others is compared with.
 
         Args:
-            placement: of the same number of layers and stages.
+            placement: of the same number of layers, on stages that are there.
             timeout: seconds for the whole reconfiguration.
             options: how it is carried out.
             on_phase: called with each phase, in the job's thread.
@@ -142,7 +152,7 @@ class Coordinator:
             if self._closed:
                 raise ClosedError("Coordinator.recover: the coordinator is closed")
             self._check_free()
-        return Recovery(self._server, self._stages, self._record, timeout).run(fence=True)
+        return Recovery(self._server, self._ranks, self._record, timeout).run(fence=True)
 
     def close(self) -> None:
         """Cancel what is not decided yet, wait for it, and leave the control plane.
@@ -160,7 +170,92 @@ class Coordinator:
             thread.join(timeout=2 * ABORT_TIMEOUT)
         self._server.close()
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The ranks of the stages that there are, ascending."""
+        return self._ranks
+
+    def add_stage(self, rank: int, attach: Callable[[], object], *, timeout: float = 60.0) -> None:
+        """Take stage ``rank`` into the running pipeline; it holds no layer at first.
+
+        Placements may give it layers from then on. Until this returns, nobody waits for it or
+        depends on it: where it fails, or dies, everything is as it was.
+
+        Args:
+            rank: one that is not there: behind all others, or of a stage that has left.
+            attach: called in this thread while no reconfiguration is under way and none can
+                begin. It starts the process, whose Stage is made with ``joins=True``, and makes the
+                engine send it all steps from some step on, one of which must come soon.
+            timeout: seconds for the stage to announce itself and to begin its first step.
+
+        Raises:
+            BusyError: a reconfiguration, or another change, is under way.
+            DeadlineError: the stage did not announce itself, or began no step.
+            ProtocolError: what it says of itself does not fit to the others.
+        """
+        if rank in self._ranks or rank < 0:
+            raise InvalidArgumentError(
+                f"rank is {rank}, expected one that is not there; there are {self._ranks}"
+            )
+        ends_at = time.monotonic() + timeout
+        with self._alone(f"stage {rank} joins"):
+            attach()
+            ranks = tuple(sorted((*self._ranks, rank)))
+            self._server.await_participants([name_of(rank)], _left(ends_at))
+            while not check_joined(survey(Fanout(self._server, ranks), _left(ends_at)), rank):
+                if time.monotonic() >= ends_at:
+                    raise DeadlineError(
+                        f"stage {rank} began no step within {timeout:g} s after it had joined"
+                    )
+                time.sleep(_LOOK_EVERY)
+            self._ranks = ranks
+
+    def remove_stage(
+        self, rank: int, detach: Callable[[], object], *, timeout: float = 60.0
+    ) -> None:
+        """Let stage ``rank``, which holds no layer any more, go.
+
+        Args:
+            rank: of the stage.
+            detach: called in this thread while no reconfiguration is under way and none can begin.
+                It makes the engine send no further step to the stage; its process may end then.
+            timeout: seconds for everybody to say how they stand.
+
+        Raises:
+            BusyError: a reconfiguration, or another change, is under way; or it holds layers.
+        """
+        if rank not in self._ranks or len(self._ranks) == 1:
+            raise InvalidArgumentError(f"rank is {rank}, expected one of several: {self._ranks}")
+        with self._alone(f"stage {rank} leaves"):
+            others = tuple(other for other in self._ranks if other != rank)
+            # Not the stage itself: it may have died, having no layers.
+            found = survey(Fanout(self._server, others), timeout)
+            placement = Placement(found.scheduler.stages)
+            held = placement.layers_of(rank) if rank < placement.num_stages else ()
+            if held:
+                raise BusyError(f"stage {rank} cannot leave: it holds layers {held}")
+            detach()
+            self._ranks = others
+            # One that comes under the same name later must not be taken for this one.
+            self._server.await_loss([name_of(rank)], min(timeout, _GOES_WITHIN))
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """No reconfiguration is under way, and none begins."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{what}: the coordinator is closed")
+            self._check_free()
+            self._changing = what
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing = ""
+
     def _check_free(self) -> None:
+        if self._changing:
+            raise BusyError(f"{self._changing}; wait for it")
         if self._job is not None and not self._job.is_over:
             raise BusyError(
                 f"another reconfiguration is in phase {self._job.phase.value}; wait for it, or "
@@ -202,7 +297,7 @@ class Coordinator:
             job.fail(route.explained(job, number, _as_ours(error)))
             job.enter(Phase.ABORTED)
             return
-        to = Fanout(self._server, self._stages, job.course)
+        to = Fanout(self._server, self._ranks, job.course)
         wave = route.wave(number)
         run = Reconfiguration(to, self._record, self._record_dir, job, report, options, wave)
         try:
@@ -220,31 +315,24 @@ class Coordinator:
 
     def _plan(self, job: Job, target: Placement, options: MigrationOptions) -> Route:
         """Find out who and what is there, and whether the wish is a possible one."""
-        to = Fanout(self._server, self._stages, job.course)
+        to = Fanout(self._server, self._ranks, job.course)
         with to.checking(job.rest):
             found = survey(to, job.rest())
-            recovery = Recovery(self._server, self._stages, self._record, job.rest())
+            recovery = Recovery(self._server, self._ranks, self._record, job.rest())
             if recovery.left(found):
                 recovery.run(fence=False)
                 found = survey(to, job.rest())
-        _check_agreement(found, target)
+        target = check_agreement(found, target)
         epoch = 1 + max(found.newest_epoch, self._record.newest_epoch())
         return Route(job, found, target, epoch, in_waves=options.waves == "auto")
 
     def _survey_between(self, job: Job) -> Survey:
         """Between two waves; a cancel is obeyed where there is something to take back."""
-        return survey(Fanout(self._server, self._stages, job.course), ABORT_TIMEOUT)
+        return survey(Fanout(self._server, self._ranks, job.course), ABORT_TIMEOUT)
 
 
-def _check_agreement(found: Survey, target: Placement) -> None:
-    current = Placement(found.scheduler.stages)
-    for rank, info in enumerate(found.stages):
-        if info.layers != current.layers_of(rank) or info.epoch != found.scheduler.epoch:
-            raise ProtocolError(
-                f"stage {rank} holds layers {info.layers} in epoch {info.epoch}, the scheduler "
-                f"expects {current.layers_of(rank)} in epoch {found.scheduler.epoch}"
-            )
-        whole_stacks([target], info.stack)
+def _left(ends_at: float) -> float:
+    return max(0.1, ends_at - time.monotonic())
 
 
 def _as_ours(error: Exception) -> PipeliveError:

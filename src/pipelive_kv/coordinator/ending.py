@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipelive_kv.coordinator.fanout import Fanout
+from pipelive_kv.coordinator.fanout import Fanout, name_of
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.report import Report
 from pipelive_kv.errors import ClosedError, DeadlineError, PipeliveError
@@ -149,13 +149,12 @@ class Ending:
         )
         problems |= to.try_scheduler(Settle(self.epoch, commit=False), Done, ABORT_TIMEOUT)
         # Whoever has gone without holding a layer is not missed.
-        living = [rank for rank, name in enumerate(to.stages) if name not in problems]
+        living = [rank for rank in to.ranks if name_of(rank) not in problems]
+        serving = {name_of(rank) for rank, held in enumerate(report.old.stages) if held}
         missed = [
             name
             for name in problems
-            if name not in to.stages
-            or to.server.is_connected(name)
-            or report.old.layers_of(to.stages.index(name))
+            if name not in to.stages or to.server.is_connected(name) or name in serving
         ]
         capacity = report.capacity_before
         if report.capacity_during < capacity and not missed:

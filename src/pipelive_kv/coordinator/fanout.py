@@ -17,19 +17,30 @@ SCHEDULER_NAME = "scheduler"
 _A = TypeVar("_A")
 
 
+def name_of(rank: int) -> str:
+    """The name under which stage ``rank`` takes part."""
+    return f"stage/{rank}"
+
+
 class Fanout:
     """Talks to the scheduler and to the stages through one control server.
 
     With a ``course``, nothing is asked that the protocol does not allow in the job's phase.
+    ``ranks`` are those of the stages that take part, ascending; some in between may have left.
     """
 
     def __init__(
-        self, server: ControlServer, stages: tuple[str, ...], course: Course | None = None
+        self, server: ControlServer, ranks: Iterable[int], course: Course | None = None
     ) -> None:
         self.server = server
-        self.stages = stages
+        self.ranks = tuple(ranks)
         self._course = course
         self._check: Callable[[], object] | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Their names, in the order of the ranks, in which answers come as well."""
+        return tuple(map(name_of, self.ranks))
 
     @contextmanager
     def checking(self, check: Callable[[], object]) -> Iterator[None]:
@@ -44,7 +55,7 @@ class Fanout:
         self, request: Callable[[int], Request], kind: type[_A], timeout: float
     ) -> tuple[_A, ...]:
         """Ask every stage, ``request(rank)``; wait for all answers, then raise the first error."""
-        answers, errors = self._ask(request, kind, timeout, range(len(self.stages)))
+        answers, errors = self._ask(request, kind, timeout, self.ranks)
         for error in errors.values():
             raise error
         return tuple(answers)
@@ -57,7 +68,7 @@ class Fanout:
         ranks: Iterable[int] | None = None,
     ) -> dict[str, PipeliveError]:
         """Ask every stage, or those of ``ranks``; the errors, by name, instead of the answers."""
-        chosen = range(len(self.stages)) if ranks is None else ranks
+        chosen = self.ranks if ranks is None else ranks
         return self._ask(request, kind, timeout, chosen)[1]
 
     def scheduler(self, request: Request, kind: type[_A], timeout: float) -> _A:
@@ -94,7 +105,7 @@ class Fanout:
         ranks: Iterable[int],
     ) -> tuple[list[_A], dict[str, PipeliveError]]:
         end = time.monotonic() + timeout
-        bodies = [(self.stages[rank], request(rank)) for rank in ranks]
+        bodies = [(name_of(rank), request(rank)) for rank in ranks]
         events = {event_of(body) for _, body in bodies}
         if self._course is not None:
             for event in events:

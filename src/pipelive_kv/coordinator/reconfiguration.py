@@ -139,7 +139,7 @@ class Reconfiguration(Ending):
             job.rest(),
         )
         outgoing: dict[int, list[tuple[int, tuple[int, ...], str]]] = {}
-        for rank, answer in enumerate(prepared):
+        for rank, answer in zip(to.ranks, prepared, strict=True):
             incoming = [move for move in moves if move.target == rank]
             for move, address in zip(incoming, answer.addresses, strict=True):
                 outgoing.setdefault(move.source, []).append((rank, move.layers, address))

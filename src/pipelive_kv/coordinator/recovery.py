@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipelive_kv.control import ControlServer
 from pipelive_kv.coordinator.ending import Ending
-from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout
+from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout, name_of
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.report import Report
 from pipelive_kv.errors import CancelledError, ClosedError, DeadlineError
@@ -65,12 +65,12 @@ class Recovery:
     def __init__(
         self,
         server: ControlServer,
-        stages: tuple[str, ...],
+        ranks: tuple[int, ...],
         record: DecisionRecord,
         timeout: float,
     ) -> None:
         self._server = server
-        self._stages = stages
+        self._ranks = ranks
         self._record = record
         self._ends_at = time.monotonic() + timeout
 
@@ -81,7 +81,7 @@ class Recovery:
             fence: give up the next epoch as well, on record and everywhere: whatever a coordinator
                 that is believed dead has said and still says is refused from then on.
         """
-        found = survey(Fanout(self._server, self._stages), self._rest())
+        found = survey(Fanout(self._server, self._ranks), self._rest())
         ended = [self._end(epoch, found) for epoch in self.left(found)]
         if fence:
             newest = max(found.newest_epoch, self._record.newest_epoch())
@@ -98,7 +98,7 @@ class Recovery:
 
     def _end(self, epoch: int, found: Survey) -> Decision:
         job = Job(self._rest(), start=Phase.RECOVERING)
-        to = Fanout(self._server, self._stages, job.course)
+        to = Fanout(self._server, self._ranks, job.course)
         # What an epoch that was ended before this one has changed must be seen.
         now = survey(to, self._rest())
         old, new = found.placements_of(epoch)
@@ -127,9 +127,9 @@ class Recovery:
         return decision
 
     def _check_taken_back(self, epoch: int) -> None:
-        to = Fanout(self._server, self._stages)
+        to = Fanout(self._server, self._ranks)
         open_ = [
-            to.stages[info.rank]
+            name_of(info.rank)
             for info in survey(to, self._rest()).stages
             if info.session == epoch and info.state != StageState.IDLE.value
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.reconfiguration import Wave
@@ -15,10 +16,10 @@ from pipelive_kv.plan import StageBudget, plan
 from pipelive_kv.waves import waves, would_fit
 
 
-def budgets_of(stages: Iterable[StageInfo]) -> tuple[StageBudget, ...]:
-    """What the stages have said that they can hold."""
-    return tuple(
-        StageBudget(
+def budgets_of(stages: Iterable[StageInfo], num_stages: int) -> tuple[StageBudget, ...]:
+    """What the stages have said that they can hold; nothing, where there is no stage."""
+    found = {
+        info.rank: StageBudget(
             info.budget_bytes,
             info.layer_bytes,
             info.block_bytes,
@@ -27,7 +28,10 @@ def budgets_of(stages: Iterable[StageInfo]) -> tuple[StageBudget, ...]:
             other_bytes=info.other_bytes,
         )
         for info in stages
-    )
+    }
+    any_of_them = next(iter(found.values()))
+    absent = replace(any_of_them, budget_bytes=0)
+    return tuple(found.get(rank, absent) for rank in range(num_stages))
 
 
 class Route:
@@ -49,10 +53,10 @@ class Route:
     ) -> None:
         scheduler = found.scheduler
         self._found = found
-        self._old = Placement(scheduler.stages)
+        self._old = Placement(scheduler.stages).padded(target.num_stages)
         self._in_waves = in_waves
         self._epoch = epoch
-        self._budgets = budgets_of(found.stages)
+        self._budgets = budgets_of(found.stages, target.num_stages)
         self._first_capacity = self._room = scheduler.capacity
         self._limit = scheduler.capacity
         self._direct = plan(self._old, target, self._budgets, live_blocks=scheduler.live)

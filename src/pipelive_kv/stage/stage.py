@@ -73,7 +73,7 @@ class Stage:
 
     Args:
         pp_rank: this stage's rank, 0 to ``pp_size - 1``.
-        pp_size: the number of stages.
+        pp_size: the number of stages at the start.
         pool: the stage's KV memory; it holds the layers of the placement.
         placement: the placement of the first step.
         hooks: what the engine does when its layers change.
@@ -83,6 +83,8 @@ class Stage:
         transport: how KV arrives: ``shm``, ``tcp``, ``p2p``, ``nccl``, or ``auto`` for the best of
             them that both ends can do.
         gate_timeout: seconds that a step waits for the KV of a gained layer.
+        joins: whether the stage comes to a pipeline that runs already. It holds no layer, and takes
+            the epoch and the capacity from its first stamp.
         marks_on_device: whether steps may leave it to their appends on a GPU to mark what they
             write, see :meth:`begin`; the pool lies on a GPU then.
     """
@@ -99,6 +101,7 @@ class Stage:
         control: ControlEndpoint | None = None,
         transport: str = "auto",
         gate_timeout: float = GATE_TIMEOUT,
+        joins: bool = False,
         marks_on_device: bool = False,
     ) -> None:
         if placement.num_stages != pp_size:
@@ -135,7 +138,7 @@ class Stage:
         """Held by whoever changes what the session holds, one request at a time."""
         self._placement = placement
         self._layers = placement.layers_of(pp_rank)
-        self._epoch = 0
+        self._epoch = -1 if joins else 0
         self._gate_timeout = gate_timeout
         self._last_seq = -1
         self._open: Step | None = None
@@ -201,7 +204,9 @@ class Stage:
             )
         limit = min(stamp.capacity, self.pool.max_blocks) * self.pool.spec.block_size
         written = _checked_slots(slots, limit)
-        if stamp.resize != self._resize:
+        if self._epoch < 0:
+            self._join(stamp)
+        elif stamp.resize != self._resize:
             self._apply_resize(stamp)
         if stamp.epoch != self._epoch:
             self._activate(stamp)
@@ -263,6 +268,23 @@ class Stage:
             self.lock.notify_all()
 
     # -- between steps, in the engine's thread -----------------------------------------------------
+
+    def _join(self, stamp: Stamp) -> None:
+        """What others have learned step by step, before this stage was there."""
+        if self._layers:
+            raise ProtocolError(
+                f"stage {self.pp_rank} joins with layers {self._layers}, expected none"
+            )
+        if stamp.capacity > self.pool.capacity:
+            self.pool.grow(stamp.capacity)
+        elif stamp.capacity < self.pool.capacity:
+            self.pool.shrink(stamp.capacity)
+        self.tracker.reset(stamp.seq)
+        with self.lock:
+            self._epoch = stamp.epoch
+            self._resize = stamp.resize
+            self.fence(stamp.aborted)
+            self.lock.notify_all()
 
     def _apply_resize(self, stamp: Stamp) -> None:
         if stamp.resize != self._resize + 1:
