@@ -212,7 +212,7 @@ def main() -> None:
     ]
     found = summary([stock for stock, _ in turns], [plugin for _, plugin in turns])
     found["command"] = " ".join(sys.argv)
-    found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    found["date"] = datetime.date.today().isoformat()
     found["cores"] = os.cpu_count()
     print(json.dumps(found, indent=1))
     if arguments.out is not None:

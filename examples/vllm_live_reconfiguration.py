@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def server(arguments: argparse.Namespace, *, plugin: bool) -> Iterator[None]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_PP_LAYER_PARTITION": ",".join(str(count) for count in arguments.split),
+        "VLLM_HOST_IP": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -63,6 +65,7 @@ def server(arguments: argparse.Namespace, *, plugin: bool) -> Iterator[None]:
     }
     if plugin:
         command += ["--additional-config", '{"pipelive": {}}']
+    Path(arguments.log).parent.mkdir(parents=True, exist_ok=True)
     with Path(arguments.log).open("a") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -179,11 +182,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--split", type=int, nargs=2, default=[22, 8], help="layers at start")
     parser.add_argument("--other", type=int, nargs=2, default=[12, 18], help="layers to move to")
-    parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--log", default="vllm-demo.log", help="what the servers say")
+    parser.add_argument("--port", type=int, default=0, help="default: one that is free")
+    parser.add_argument("--log", default="build/vllm-demo.log", help="what the servers say")
     arguments = parser.parse_args()
     if arguments.model is None:
         arguments.model = smollm2()
+    if arguments.port == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            arguments.port = probe.getsockname()[1]
 
     print("stock vLLM:")
     with server(arguments, plugin=False):

@@ -97,12 +97,10 @@ def test_a_shrink_below_one_request_is_refused(make):
         owner.plan_shrink(5)
 
 
-def test_growth_takes_effect_with_the_next_step(make):
+def test_growth_adds_blocks_that_can_be_had(make):
     pool, owner = make(4)
     owner.raise_capacity(9)
-    assert owner.capacity == 9
-    assert pool.num_gpu_blocks == 4
-    owner.apply_raised()
+    assert owner.capacity == pool.num_gpu_blocks == 9
     check(pool)
     assert len(pool.get_new_blocks(8)) == 8
 
@@ -138,7 +136,6 @@ def test_any_order_of_calls_keeps_content_findable(make, seed):
                     memory[new] = before[old]
             case "grow":
                 owner.raise_capacity(min(64, pool.num_gpu_blocks + dice.randint(0, 8)))
-                owner.apply_raised()
         check(pool)
         for blocks in requests.values():
             for block in blocks:

@@ -11,8 +11,8 @@ class VllmBlocks:
     """A ``BlockOwner`` over vLLM's ``BlockPool``; prefix-cached blocks are live, referenced or not.
 
     vLLM reuses freed blocks at once, which is safe since every worker runs the steps in order: so
-    there is no quarantine here. All methods but :meth:`live`, :attr:`capacity` and
-    :meth:`raise_capacity` are for the engine's thread.
+    there is no quarantine here. All methods but :meth:`live` and :attr:`capacity` are for the
+    engine's thread.
 
     Args:
         pool: vLLM's block pool.
@@ -22,13 +22,12 @@ class VllmBlocks:
     def __init__(self, pool: Any, *, least: int) -> None:
         self._pool = pool
         self._least = least
-        self._raised: int | None = None
 
     @property
     def capacity(self) -> int:
         """Ids below this number may be handed out."""
         capacity: int = self._pool.num_gpu_blocks
-        return capacity if self._raised is None else self._raised
+        return capacity
 
     def live(self) -> list[int]:
         """The ids whose content matters, ascending, the null block first."""
@@ -41,14 +40,9 @@ class VllmBlocks:
         """Nothing: there is no quarantine."""
 
     def raise_capacity(self, capacity: int) -> None:
-        """Hand out ids below ``capacity`` from the next step on; from any thread."""
-        self._raised = capacity
-
-    def apply_raised(self) -> None:
-        """In the engine's thread, before a step is scheduled: add the blocks."""
-        capacity, self._raised = self._raised, None
+        """Hand out ids below ``capacity``, from the step that is about to be scheduled on."""
         pool = self._pool
-        if capacity is None or capacity <= pool.num_gpu_blocks:
+        if capacity <= pool.num_gpu_blocks:
             return
         block_type = type(pool.null_block)
         added = [block_type(number, pool=pool) for number in range(pool.num_gpu_blocks, capacity)]
@@ -66,7 +60,6 @@ class VllmBlocks:
         Raises:
             OverBudgetError: the referenced blocks do not fit, or no request would.
         """
-        self.apply_raised()
         blocks = self._pool.blocks
         busy = [block.block_id for block in blocks if block.ref_cnt > 0 or block.is_null]
         if len(busy) > capacity:

@@ -65,7 +65,6 @@ class CoreState:
         has_requests = scheduler.has_requests
 
         def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
-            self._blocks.apply_raised()
             stamp = self._scheduler.stamp()
             output = schedule(*args, **kwargs)
             setattr(output, STAMP, stamp)
