@@ -203,6 +203,7 @@ class TransformersStage(EngineHooks):
         self._templates = list(self._parts.layers)
         self._idle = [_PassThrough() for _ in self._templates]
         self._ready: dict[int, nn.Module] = {}
+        self._running: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._cache = PagedCache(model.num_layers, kv)
         self._gate: Callable[[int], None] | None = None
@@ -256,8 +257,12 @@ class TransformersStage(EngineHooks):
                 f"placement {placement}: the model has {len(self._idle)} layers; "
                 f"layers {missing} of stage {self.rank} were not prepared"
             )
-        for index, idle in enumerate(self._idle):
-            self._parts.layers[index] = self._ready[index] if index in held else idle
+        running = frozenset(held)
+        for index in running ^ self._running:  # a step waits for this
+            self._parts.layers[index] = (
+                self._ready[index] if index in running else self._idle[index]
+            )
+        self._running = running
 
     def discard(self, layers: Sequence[int]) -> None:
         """Forget prepared layers that do not run (an abort); their memory may go then."""
