@@ -123,6 +123,10 @@ class Prepare(Body, frozen=True):
     """Where the weights come from: ``source`` (the stage's own WeightSource) or ``peer``."""
     verify: bool
     timeout: float
+    lease: bool = False
+    """The old placement may be taken up again: log what is written from the vote on."""
+    resume: bool = False
+    """Take the layers up that were kept for that; all but what was written since is there."""
 
 
 class Prepared(Body, frozen=True):
@@ -143,6 +147,8 @@ class Connect(Body, frozen=True):
     rate_limit: float
     """Bytes per second while tokens are generated, 0 for no limit."""
     timeout: float
+    resume: bool = False
+    """The targets have kept the layers: what the log holds is all that they lack."""
 
 
 class StartCopy(Body, frozen=True):
@@ -253,6 +259,8 @@ class Release(Body, frozen=True):
 
     epoch: int
     timeout: float
+    keep: bool = False
+    """Keep them for a lease; the next epoch takes them up again, or drops them."""
 
 
 class Grow(Body, frozen=True):

@@ -14,6 +14,7 @@ from pipelive_kv.coordinator.agreement import check_agreement, check_joined
 from pipelive_kv.coordinator.ending import ABORT_TIMEOUT
 from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout, name_of
 from pipelive_kv.coordinator.job import Job
+from pipelive_kv.coordinator.lease import Lease, refuse, report_of
 from pipelive_kv.coordinator.options import MigrationOptions
 from pipelive_kv.coordinator.reconfiguration import DryRunEnd, Reconfiguration
 from pipelive_kv.coordinator.recovery import Recovery, Survey, survey
@@ -31,6 +32,9 @@ from pipelive_kv.protocol import Phase
 from pipelive_kv.record import Decision, FileDecisionRecord
 
 _log = logging.getLogger(__name__)
+
+_LEND_WITHIN = 60.0
+"""Seconds to prepare the way back, once the way there is done."""
 
 _FINISH_WITHIN = 2.0
 """Seconds that closing leaves a decided reconfiguration to complete while steps go on."""
@@ -64,6 +68,7 @@ class Coordinator:
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
         self._changing = ""
+        self._room = -1
         self._closed = False
 
     @property
@@ -116,6 +121,10 @@ class Coordinator:
         with self._lock:
             if self._closed:
                 raise ClosedError("Coordinator.reconfigure: the coordinator is closed")
+            lease = self._lease_to(placement)
+            if lease is not None:
+                lease.proceed()
+                return lease
             self._check_free()
             job = Job(timeout, on_phase)
             self._job = job
@@ -164,9 +173,11 @@ class Coordinator:
             self._closed = True
             job, thread = self._job, self._thread
         if job is not None and thread is not None:
-            job.cancel()
+            for one in filter(None, (job, job.lease)):
+                one.cancel()
             thread.join(timeout=_FINISH_WITHIN)
-            job.leave()
+            for one in filter(None, (job, job.lease)):
+                one.leave()
             thread.join(timeout=2 * ABORT_TIMEOUT)
         self._server.close()
 
@@ -256,6 +267,12 @@ class Coordinator:
     def _check_free(self) -> None:
         if self._changing:
             raise BusyError(f"{self._changing}; wait for it")
+        lease = self._job.lease if self._job is not None else None
+        if lease is not None and self._job is not None and self._job.is_over and not lease.is_over:
+            raise BusyError(
+                "the placement before can still be taken up again; let the lease go with "
+                "Job.lease.cancel(), and wait for its end"
+            )
         if self._job is not None and not self._job.is_over:
             raise BusyError(
                 f"another reconfiguration is in phase {self._job.phase.value}; wait for it, or "
@@ -273,6 +290,36 @@ class Coordinator:
             job.fail(_as_ours(error))
         finally:
             job.end()
+            if job.lease is not None:
+                self._lend(job, job.lease, options)
+
+    def _lease_to(self, placement: Placement) -> Job | None:
+        """The way back to ``placement``, where there is one."""
+        job = self._job
+        if job is None or job.lease is None or not job.is_over or job.lease.is_over:
+            return None
+        old = job.report.old
+        wanted = placement.padded(max(old.num_stages, placement.num_stages))
+        return job.lease if wanted == old.padded(wanted.num_stages) else None
+
+    def _lend(self, job: Job, lease: Job, options: MigrationOptions) -> None:
+        try:
+            if job.phase is not Phase.DONE or self._room < 0:
+                refuse(lease)
+                return
+            to = Fanout(self._server, self._ranks, lease.course)
+            with to.checking(lease.rest):
+                found = survey(to, lease.rest())
+            epoch = 1 + max(found.newest_epoch, self._record.newest_epoch())
+            report = report_of(job.report, epoch, found.scheduler.capacity, self._room)
+            lease.begin(report)
+            ends_at = job.report.step + options.lease_steps
+            Lease(to, self._record, self._record_dir, lease, report, options, ends_at).carry_out()
+        except Exception as error:
+            _log.exception("a lease ended in phase %s", lease.phase.value)
+            lease.fail(_as_ours(error))
+        finally:
+            lease.end()
 
     def _carry_out(self, job: Job, target: Placement, options: MigrationOptions) -> None:
         try:
@@ -283,6 +330,9 @@ class Coordinator:
             job.fail(_as_ours(error))
             job.enter(Phase.ABORTED)
             return
+        self._room = -1
+        if options.lease_steps and len(route.path) == 1 and job.report.moves:
+            job.lease = Job(_LEND_WITHIN)
         for number in range(len(route.path)):
             self._carry_out_wave(job, route, number, options)
             if job.is_over:
@@ -311,6 +361,7 @@ class Coordinator:
             run.abort(route.explained(job, number, _as_ours(error)))
         else:
             run.complete()
+            self._room = run.capacity_after
         route.end(run.room)
 
     def _plan(self, job: Job, target: Placement, options: MigrationOptions) -> Route:

@@ -64,7 +64,13 @@ class Ending:
         self._report = report
         self._resize = resize
         self._after = capacity_after
+        self._keeps = False
         self.epoch = report.epoch
+
+    @property
+    def capacity_after(self) -> int:
+        """What the capacity is raised to; with a lease, at its end."""
+        return max(self._after, self._report.capacity_during)
 
     # after the decision: it always completes, unless a participant is lost for good
 
@@ -95,9 +101,13 @@ class Ending:
         )
         report.decision_wait_s = scheduler.switch_hold_s
         self._insist(
-            lambda: to.all(lambda _: Release(self.epoch, _INSIST_EVERY - 1), Done, _INSIST_EVERY)
+            lambda: to.all(
+                lambda _: Release(self.epoch, _INSIST_EVERY - 1, keep=self._keeps),
+                Done,
+                _INSIST_EVERY,
+            )
         )
-        capacity = max(self._after, report.capacity_during)
+        capacity = report.capacity_during if self._keeps else self.capacity_after
         if capacity > report.capacity_during:
             to.all(lambda _: Grow(capacity, self._resize, _GROW_TIMEOUT), Done, _GROW_TIMEOUT)
             to.scheduler(RaiseCapacity(capacity), Done, _GROW_TIMEOUT)

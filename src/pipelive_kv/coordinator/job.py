@@ -30,6 +30,9 @@ class Job:
         self._on_phase = on_phase
         self._cancelled = False
         self._proceed = False
+        self.lease: Job | None = None
+        """With ``lease_steps``: the way back. It is armed soon after this job is done, and given up
+        when its steps have gone by, or by its cancel."""
         self._error: PipeliveError | None = None
         self._report: Report | None = None
         self._wave: Report | None = None
@@ -92,11 +95,23 @@ class Job:
                 raise CancelledError("the job has no report")
             return self._report
 
-    def await_proceed(self) -> None:
-        """Wait for :meth:`proceed`; raises as :meth:`rest` does."""
+    def await_proceed(self, timeout: float | None = None) -> bool:
+        """Wait for :meth:`proceed`; raises as :meth:`rest` does.
+
+        Returns whether it came; with a ``timeout`` in seconds it may not have.
+        """
         with self._lock:
-            while not self._proceed:
-                self._lock.wait(self.rest())
+            if timeout is None:
+                while not self._proceed:
+                    self._lock.wait(self.rest())
+            elif not self._proceed:
+                self._lock.wait(min(timeout, self.rest()))
+            return self._proceed
+
+    def extend(self, seconds: float) -> None:
+        """The deadline is that far away, counted from now."""
+        with self._lock:
+            self._ends_at = time.monotonic() + seconds
 
     # -- for the coordinator -----------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ class MigrationOptions:
         waves: ``auto`` makes several smaller reconfigurations of one whose union of layers does not
             fit beside the live blocks, where that is possible; ``off`` refuses it.
         pause: wait, armed, for Job.proceed before the (first) switchover is decided; patches go on.
+        lease_steps: for so many steps after the switchover, stages keep the layers that they gave
+            away, and what is written flows back to them, so that Coordinator.reconfigure with the
+            old placement takes it up again at once; see Job.lease. The capacity stays as low as
+            during the move meanwhile. 0 for no lease; a move in several waves has none.
         dry_run: do everything but the switchover, and take it back. The job ends as aborted, its
             report is complete up to the vote, and waiting for it raises nothing.
     """
@@ -51,6 +55,7 @@ class MigrationOptions:
     keep_capacity: bool = False
     waves: Literal["auto", "off"] = "auto"
     pause: bool = False
+    lease_steps: int = 0
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -74,5 +79,7 @@ class MigrationOptions:
             )
         if self.rate_limit < 0:
             raise InvalidArgumentError(f"rate_limit is {self.rate_limit}, expected 0 or more")
+        if self.lease_steps < 0:
+            raise InvalidArgumentError(f"lease_steps is {self.lease_steps}, expected 0 or more")
         if self.margin < 0:
             raise InvalidArgumentError(f"margin is {self.margin}, expected 0 or more")

@@ -64,6 +64,9 @@ class Wave:
 class Reconfiguration(Ending):
     """One reconfiguration from the beginning."""
 
+    resume = False
+    """Whether the stages have kept the layers that they gain."""
+
     room = -1
     """The blocks that every stage can hold afterwards, once that is known."""
 
@@ -82,6 +85,7 @@ class Reconfiguration(Ending):
         self._options = options
         self._stages = report.new.stages
         self._wave = wave
+        self._keeps = job.lease is not None
 
     def until_decided(self) -> None:
         """All phases that can still be taken back, and the decision."""
@@ -134,6 +138,8 @@ class Reconfiguration(Ending):
                 options.weights_from,
                 options.verify,
                 job.rest(),
+                lease=self._keeps,
+                resume=self.resume,
             ),
             Prepared,
             job.rest(),
@@ -158,6 +164,7 @@ class Reconfiguration(Ending):
                 options.verify,
                 options.rate_limit,
                 job.rest(),
+                self.resume,
             ),
             Done,
             job.rest(),
@@ -220,7 +227,10 @@ class Reconfiguration(Ending):
         job.enter(Phase.ARMED)
         self._to.all(lambda _: Arm(self.epoch, job.rest()), Done, job.rest())
         if self._options.pause:
-            job.await_proceed()
+            self._await_proceed()
+
+    def _await_proceed(self) -> None:
+        self._job.await_proceed()
 
     def _decide(self) -> None:
         to, job, options = self._to, self._job, self._options

@@ -316,7 +316,7 @@ class Scheduler:
             if rest <= 0 or self._is_alone() or state.closed:
                 self._ask_record(state.switch)
             elif not self._lock.wait(min(rest, _LOOK_EVERY)):
-                self._look_up(state.switch)
+                self._look_up()
         state.hold_s += time.monotonic() - start
         state.switch_hold_s = time.monotonic() - start
         switch = state.switch
@@ -328,8 +328,11 @@ class Scheduler:
             self._placement = switch.placement
             state.switch = None
 
-    def _look_up(self, switch: Switch) -> None:
+    def _look_up(self) -> None:
         """Word may be late, or lost: what is recorded holds all the same."""
+        switch = self._state.switch
+        if switch is None or self._state.protocol is not SchedulerState.PROPOSED:
+            return  # word came at the very moment that the wait for it ended
         found = switch.record.read(switch.epoch)
         if found is not None:
             self._obey(found)

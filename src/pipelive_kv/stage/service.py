@@ -150,7 +150,7 @@ class StageService:
             rank=stage.pp_rank,
             epoch=stage.epoch,
             stages=stage.placement.stages,
-            layers=tuple(pool.layers),
+            layers=tuple(sorted(set(pool.layers) - set(stage.kept.layers))),
             capacity=pool.capacity,
             max_blocks=pool.max_blocks,
             budget_bytes=stats.budget_bytes,
@@ -221,7 +221,8 @@ class StageService:
         stage = self._stage
         session = stage.session
         gained = session.target.layers if session is not None else ()
-        held = {*stage.placement.layers_of(stage.pp_rank), *gained} & set(stage.pool.layers)
+        own = stage.placement.layers_of(stage.pp_rank)
+        held = {*own, *gained, *stage.kept.layers} & set(stage.pool.layers)
         return max(0, used_bytes - self._own_bytes(tuple(sorted(held))))
 
     def _own_bytes(self, layers: tuple[int, ...]) -> int:
@@ -236,7 +237,15 @@ class StageService:
         stage.check("Prepare", request.epoch)
         placement = Placement(request.stages)
         gained = tuple(layer for _, layers in request.incoming for layer in layers)
-        expected = set(placement.layers_of(stage.pp_rank)) - set(stage.pool.layers)
+        if not request.resume:
+            stage.kept.drop()
+        held = set(stage.pool.layers) - set(stage.kept.layers)
+        expected = set(placement.layers_of(stage.pp_rank)) - held
+        if request.resume and expected != set(stage.kept.layers):
+            raise ProtocolError(
+                f"stage {stage.pp_rank} is told to take layers {sorted(gained)} up again, it has "
+                f"kept {stage.kept.layers}"
+            )
         if set(gained) != expected or len(gained) != len(expected):
             raise ProtocolError(
                 f"stage {stage.pp_rank} is told to take layers {sorted(gained)}, expected "
@@ -252,10 +261,14 @@ class StageService:
             weights_from=request.weights,
             verify=request.verify,
             ends_at=ends_at,
+            kept=request.resume,
         )
-        session = StageSession(request.epoch, stage.pp_rank, stage.placement, placement, target)
+        session = StageSession(
+            request.epoch, stage.pp_rank, stage.placement, placement, target, lease=request.lease
+        )
         stage.open_session(session)
         try:
+            stage.kept.take()
             target.make_room()
             for source, layers in request.incoming:
                 target.listen(self._listen(request.epoch, source, layers, target, ends_at))
@@ -330,6 +343,7 @@ class StageService:
                     block_size=stage.pool.spec.block_size,
                     verify=request.verify,
                     ends_at=ends_at,
+                    resume=request.resume,
                 )
             else:
                 source = None
@@ -389,6 +403,9 @@ class StageService:
     def _arm(self, request: Arm) -> Done:
         session = self._session("Arm", request.epoch)
         self._stage.hooks.warmup(session.placement)
+        if session.lease and session.source is None:
+            # Nobody else reads this log, and what is in it so far is on both stages.
+            self._stage.tracker.collect()
         with self._stage.lock:
             self._stage.check("Arm", request.epoch)
             session.arm()
@@ -429,16 +446,16 @@ class StageService:
             stage.check("Release", request.epoch)
             session = stage.session
         if session is None:
+            if not request.keep:
+                stage.kept.drop()
             return Done()
         if session.source is not None:
             session.source.await_tail(request.timeout)
         session.target.finish(request.timeout)
-        if session.lost:
-            stage.hooks.retire(session.lost)
-            stage.pool.drop_layers(session.lost)
-            if stage.weights is not None:
-                for layer in session.lost:
-                    stage.weights.drop(layer)
+        if request.keep:
+            stage.kept.keep(session.lost)
+        else:
+            stage.kept.give_back(session.lost)
         stage.close_session(session)
         return Done()
 
@@ -449,7 +466,12 @@ class StageService:
             session = stage.session
             if session is None or session.epoch != request.epoch:
                 stage.fence(request.epoch)
-                return Done()
+                session = None
+        if session is None:
+            if stage.kept.layers:
+                with self._working(request.timeout):
+                    stage.kept.drop()
+            return Done()
         session.interrupt()
         with self._working(request.timeout):
             stage.give_up(session)

@@ -15,8 +15,16 @@ class StageSession:
     """What a stage keeps from the preparation of an epoch to its end."""
 
     def __init__(
-        self, epoch: int, rank: int, old: Placement, placement: Placement, target: TargetSession
+        self,
+        epoch: int,
+        rank: int,
+        old: Placement,
+        placement: Placement,
+        target: TargetSession,
+        *,
+        lease: bool = False,
     ) -> None:
+        self.lease = lease
         self.epoch = epoch
         self.rank = rank
         self.old = old

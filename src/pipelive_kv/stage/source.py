@@ -87,6 +87,7 @@ class SourceSession:
         block_size: int,
         verify: bool,
         ends_at: float,
+        resume: bool = False,
     ) -> None:
         self.epoch = epoch
         self.outgoing = tuple(outgoing)
@@ -102,8 +103,11 @@ class SourceSession:
         self._max_stop_ms = math.inf
         self.verified_slots = 0
         # Everything written up to here lies in blocks that are live when the bulk starts, or in
-        # blocks that are not; what is written later is in the log. So the log starts empty.
-        self._start_seq = self._collect_now()
+        # blocks that are not; what is written later is in the log. So the log starts empty. Where
+        # the targets have kept the layers, it says what they lack.
+        collected = tracker.collect()
+        self._start_seq = collected.through_seq
+        self._lacking: Ranges | None = collected.ranges if resume else None
 
     # -- called by the stage -----------------------------------------------------------------------
 
@@ -117,6 +121,8 @@ class SourceSession:
     ) -> None:
         """Start the patch thread with the live blocks, given as (first, count) runs of ids."""
         ranges = np.array(live, dtype=np.uint64).reshape(-1, 2) * np.uint64(self._block_size)
+        if self._lacking is not None:
+            ranges = self._lacking
         self._max_stop_ms = max_stop_ms
         self._thread = threading.Thread(
             target=self._run,
@@ -461,9 +467,6 @@ class SourceSession:
             self._lock.notify_all()
         for move in self.outgoing:
             move.sender.cancel()
-
-    def _collect_now(self) -> int:
-        return self._tracker.collect().through_seq
 
     def _rest(self) -> float:
         """How long a message may take: not the session's deadline, which ends with a promise."""

@@ -23,6 +23,7 @@ from pipelive_kv.messages import Stamp, Switched
 from pipelive_kv.placement import Placement, whole_stacks
 from pipelive_kv.protocol import DISCARDED, STAGE, STAMP_K, Age, StageState, age_of
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.kept import KeptLayers
 from pipelive_kv.stage.limits import GATE_TIMEOUT, JOIN_TIMEOUT
 from pipelive_kv.stage.service import StageService
 from pipelive_kv.stage.session import StageSession
@@ -136,6 +137,7 @@ class Stage:
         self.lock = threading.Condition()
         self.work = threading.Lock()
         """Held by whoever changes what the session holds, one request at a time."""
+        self.kept = KeptLayers(pool, weights, self.hooks)
         self._placement = placement
         self._layers = placement.layers_of(pp_rank)
         self._epoch = -1 if joins else 0

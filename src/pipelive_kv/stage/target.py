@@ -152,9 +152,12 @@ class TargetSession:
         weights_from: str,
         verify: bool,
         ends_at: float,
+        kept: bool = False,
     ) -> None:
+        """With ``kept``, the stage has the layers, built and loaded; see `KeptLayers`."""
         self.epoch = epoch
         self.layers = layers
+        self._kept = kept
         self.weights_from = weights_from
         self._pool = pool
         self._weights = weights
@@ -170,6 +173,10 @@ class TargetSession:
 
     def make_room(self) -> None:
         """Map KV and weights for the gained layers; on failure nothing stays mapped."""
+        if self._kept:
+            self._weights_added = list(self.layers) if self._weights is not None else []
+            self._kv_added = self._prepared = bool(self.layers)
+            return
         try:
             if self._weights is not None:
                 for layer in self.layers:
@@ -190,12 +197,15 @@ class TargetSession:
 
     def regions(self, layers: Sequence[int]) -> Mapping[int, Any]:
         """Where weights from the source stage land, per layer; empty if they come otherwise."""
-        if self.weights_from != "peer" or self._weights is None:
+        if self.weights_from != "peer" or self._weights is None or self._kept:
             return {}
         return {layer: self._weights.region(layer) for layer in layers}
 
     def load(self, timeout: float) -> None:
         """Fill the weights and let the engine prepare the layers."""
+        if self._kept:
+            self.loaded = True
+            return
         if self._weights is not None and self.weights_from == "source":
             # Reading a file and copying from it overlap when two layers are under way.
             with ThreadPoolExecutor(2, thread_name_prefix="pipelive-load") as pool:
@@ -243,7 +253,7 @@ class TargetSession:
         self._source_of.clear()
         if self._prepared:
             self._prepared = False
-            self._hooks.discard(self.layers)
+            (self._hooks.retire if self._kept else self._hooks.discard)(self.layers)
         if self._kv_added:
             self._kv_added = False
             self._pool.drop_layers(self.layers)
