@@ -203,7 +203,7 @@ def _inside(result: Result, switches: list[Switch]) -> None:
         ("of live moves: decision, beside the stop", [a.decision_s for a in actual]),
         ("from a source's last old step to its word that all is applied",
          [max(s.tail_s for s in r.stages) for r in of["live"]]),
-        ("predicted when converged", [p.total_s for p in predicted]),
+        ("predicted, last before the switchover", [p.total_s for p in predicted]),
         ("predicted: fixed part", [p.fixed_s for p in predicted]),
         ("predicted: bytes", [p.bytes_s for p in predicted]),
         ("predicted: records", [p.records_s for p in predicted]),

@@ -252,6 +252,9 @@ class Switched(Body, frozen=True):
     verified_slots: int
     tail_s: float = 0.0
     """From the end of the last old step here until its writes were applied at every target."""
+    predicted: Converged | None = None
+    """What the source predicted last before the switchover, with ``predicted_stop_ms`` as its sum;
+    None where the stage is no source."""
 
 
 class Release(Body, frozen=True):

@@ -26,7 +26,7 @@ class PredictedStop:
     fixed_s: float
     """One message there, its acknowledgement back, and the switch."""
     bytes_s: float
-    """The pending bytes at the bandwidth of the rounds before."""
+    """The pending bytes, or in write-through those of one step, at the bandwidth of the rounds."""
     records_s: float
     """What the pending records cost beyond their bytes."""
 
@@ -122,14 +122,17 @@ class Report:
 
     @property
     def predicted_stop_s(self) -> float:
-        """The longest stop time that a source predicted when it converged."""
+        """The longest stop time that a source predicted, last before the switchover."""
         return max((s.predicted_stop_ms for s in self.stages), default=0.0) / 1e3
 
     @property
     def predicted_stop(self) -> PredictedStop:
         """The longest prediction of any source, in its parts."""
+        last = [stage.predicted for stage in self.stages if stage.predicted is not None]
         longest = max(
-            self.converged, key=lambda c: c.predicted_stop_ms, default=Converged(0.0, 0, 0)
+            last or self.converged,
+            key=lambda found: found.predicted_stop_ms,
+            default=Converged(0.0, 0, 0),
         )
         return PredictedStop(
             longest.fixed_ms / 1e3, longest.bytes_ms / 1e3, longest.records_ms / 1e3

@@ -97,6 +97,7 @@ class StageSession:
     def report(self) -> Switched:
         """What the switchover cost on this stage."""
         source = self.source
+        predicted = source.predicted if source is not None else None
         return Switched(
             rank=self.rank,
             step=self.switch_step if self.switch_step is not None else -1,
@@ -104,7 +105,8 @@ class StageSession:
             first_new_start_ns=self._first_new_start_ns,
             activate_s=self._activate_s,
             gate_s=self._gate_s,
-            predicted_stop_ms=source.predicted_stop_ms if source is not None else 0.0,
+            predicted_stop_ms=predicted.predicted_stop_ms if predicted is not None else 0.0,
+            predicted=predicted,
             rounds=source.rounds if source is not None else (),
             transport=",".join(sorted({move.transport for move in source.outgoing}))
             if source is not None

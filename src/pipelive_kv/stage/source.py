@@ -258,9 +258,18 @@ class SourceSession:
         return math.inf if self._shared.limit is None else self._shared.limit
 
     @property
-    def predicted_stop_ms(self) -> float:
-        """The prediction that let the session converge, 0 before."""
-        return self._shared.converged.predicted_stop_ms if self._shared.converged else 0.0
+    def predicted(self) -> Converged:
+        """The last prediction before the tail.
+
+        In write-through what is left to send at a switchover is what one step writes: as much as
+        the step before the last one has written. Else, the prediction that let it converge.
+        """
+        through = self._shared.through
+        before = through.sent()[:-1] if through is not None else ()
+        if before:
+            step = before[-1]
+            return self._predicted_of(step.bytes, step.records, step.round, step.lag_steps)
+        return self._shared.converged or Converged(0.0, 0, 0)
 
     def interrupt(self) -> None:
         """Let the patch thread end, without waiting for it. May be called twice."""
@@ -397,14 +406,18 @@ class SourceSession:
     def _predict(self, pending: int, number: int) -> Converged:
         """What it would take to send ``pending`` slots now, in parts."""
         rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
-        records = max(1, pending)
+        lag = max(0, self._shared.sealed - self._shared.applied)
+        return self._predicted_of(pending * rows, max(1, pending), number, lag)
+
+    def _predicted_of(self, count: int, records: int, number: int, lag: int) -> Converged:
+        """What ``count`` bytes in ``records`` records would take."""
         fixed = 1e3 * self._predictor.predict(bytes=0, records=0)
-        with_bytes = 1e3 * self._predictor.predict(bytes=pending * rows, records=0)
-        total = 1e3 * self._predictor.predict(bytes=pending * rows, records=records)
+        with_bytes = 1e3 * self._predictor.predict(bytes=count, records=0)
+        total = 1e3 * self._predictor.predict(bytes=count, records=records)
         return Converged(
             predicted_stop_ms=total,
             rounds=number,
-            lag_steps=max(0, self._shared.sealed - self._shared.applied),
+            lag_steps=lag,
             fixed_ms=fixed,
             bytes_ms=with_bytes - fixed,
             records_ms=total - with_bytes,
