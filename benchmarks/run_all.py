@@ -1,6 +1,6 @@
 """Run all benchmarks and write the page of figures: ``--out/cpu.md``, from ``--out/cpu/*.json``.
 
-``--full`` is the set that docs/benchmarks holds and takes about ten minutes on two quiet cores;
+``--full`` is the set that docs/benchmarks holds and takes about fifteen minutes on two quiet cores;
 ``--quick`` the same with little, to see that everything runs. ``--render`` only rewrites the page.
 """
 
@@ -37,7 +37,7 @@ BENCHMARKS = (
         "stop_time",
         "Stop time under a model",
         "--model tiny --moves 3 --warm 1 --baseline 40 --tokens 96",
-        "--moves 100",
+        "--moves 200",
     ),
     Benchmark(
         "synthetic_move",
