@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +17,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from pipelive_kv.errors import CorruptError, InvalidArgumentError
+
+_NAME = re.compile(r"epoch-([0-9]{8,})\.json")
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,9 +110,11 @@ class FileDecisionRecord:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except IsADirectoryError as error:
+            raise CorruptError(f"decision record {path} cannot be read: {error}") from error
         try:
             decision = msgspec.json.decode(content, type=Decision)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptError(f"decision record {path} cannot be read: {error}") from error
         if decision.epoch != epoch:
             raise CorruptError(
@@ -119,5 +124,5 @@ class FileDecisionRecord:
 
     def newest_epoch(self) -> int:
         """The highest epoch that has a decision, -1 while there is none."""
-        epochs = [int(path.stem.split("-")[1]) for path in self._directory.glob("epoch-*.json")]
-        return max(epochs, default=-1)
+        names = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
+        return max((int(name[1]) for name in names if name is not None), default=-1)

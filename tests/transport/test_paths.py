@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import socket
@@ -155,6 +156,7 @@ SHAPE = {"ok": True, "offset": 0, "nbytes": 8192, "piece_bytes": 4096, "pieces":
         ({**SHAPE, "nbytes": -1}, 1, "no sizes"),
         ({**SHAPE, "pieces": "2"}, 1, "no sizes"),
         ({**SHAPE, "pieces": True}, 1, "no sizes"),
+        ({**SHAPE, "pieces": 1 << 32}, 1, "no sizes"),
         ({**SHAPE, "pieces": 3}, 1, "8192 bytes, its pieces 12288"),
         ({**SHAPE, "pieces": 0, "nbytes": 0}, 1, "0 pieces"),
         ({**SHAPE, "piece_bytes": 100, "nbytes": 200}, 1, "multiple of 256"),
@@ -166,8 +168,9 @@ SHAPE = {"ok": True, "offset": 0, "nbytes": 8192, "piece_bytes": 4096, "pieces":
 def test_staging_that_does_not_add_up_is_refused(said, fds, message):
     own, peer = socket.socketpair()
     device = open_device("cpu")
-    file = os.memfd_create("staging")
+    file = os.memfd_create("staging", os.MFD_ALLOW_SEALING)
     os.ftruncate(file, 8192)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
         with own, peer:
             socket.send_fds(peer, [frame(said)], [file] * fds)
@@ -179,7 +182,13 @@ def test_staging_that_does_not_add_up_is_refused(said, fds, message):
 
 
 @pytest.mark.parametrize(
-    "data", [b"\xff\xff\xff\xff", struct.pack(">I", 3) + b"[1]", b"\0\0\0\2{]"]
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        struct.pack(">I", 3) + b"[1]",
+        b"\0\0\0\2{]",
+        struct.pack(">I", 16000) + b"[" * 16000,
+    ],
 )
 def test_what_is_no_frame_is_refused(data):
     own, peer = socket.socketpair()
@@ -188,6 +197,19 @@ def test_what_is_no_frame_is_refused(data):
         host = Abilities("p2p", "cpu", "", True)
         with pytest.raises(ProtocolError, match="frame"):
             paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
+
+
+def test_more_descriptors_than_anybody_needs_are_refused_and_closed():
+    own, peer = socket.socketpair()
+    before = len(os.listdir("/proc/self/fd"))
+    host = Abilities("p2p", "cpu", "", True)
+    with own, peer:
+        data = frame(SHAPE)
+        for at in range(0, len(data), 4):
+            socket.send_fds(peer, [data[at : at + 4]], [peer.fileno()] * 3)
+        with pytest.raises(ProtocolError, match="descriptors came"):
+            paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_peer_that_says_nothing_is_a_deadline():

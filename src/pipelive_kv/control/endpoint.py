@@ -7,12 +7,13 @@ import os
 import secrets
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 import zmq
 
 from pipelive_kv.errors import InvalidArgumentError
+
+_MAX_KEY_FILE_BYTES = 16 << 10
 
 
 class _KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +85,14 @@ class ControlKey:
             raise InvalidArgumentError(
                 "the content is not a control key: a part is of wrong length"
             )
+        if any(not part.isascii() for part in z85):
+            raise InvalidArgumentError("the content is not a control key: a part is no Z85 text")
         server_public, server_secret, client_public, client_secret = (p.encode() for p in z85)
+        for public, secret in ((server_public, server_secret), (client_public, client_secret)):
+            if _public_of(secret) != public:
+                raise InvalidArgumentError(
+                    "the content is not a control key: a public part is not that of its secret"
+                )
         return cls(server_public, server_secret, client_public, client_secret, patch_secret)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -99,13 +107,22 @@ class ControlKey:
 
         Raises:
             InvalidArgumentError: others than the owner can read the file, or it is not a key.
+            OSError: the file cannot be read.
         """
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-        if mode & 0o077:
-            raise InvalidArgumentError(
-                f"key file {path} has mode {mode:04o}, expected 0600: others could read it"
-            )
-        return cls.from_bytes(Path(path).read_bytes())
+        # Looked at once it is open: what a name stands for can change in between.
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            mode = stat.S_IMODE(status.st_mode)
+            if not stat.S_ISREG(status.st_mode) or mode & 0o077:
+                raise InvalidArgumentError(
+                    f"key file {path} has mode {mode:04o}, expected 0600: others could read it"
+                )
+            if status.st_uid not in (0, os.geteuid()):
+                raise InvalidArgumentError(
+                    f"key file {path} belongs to user {status.st_uid}, expected "
+                    f"{os.geteuid()}: its owner could change it"
+                )
+            return cls.from_bytes(file.read(_MAX_KEY_FILE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,13 @@ class ControlEndpoint:
                 f"control address is {self.address!r}, which others can reach; expected a loopback "
                 "address, or allow_remote=True"
             )
+
+
+def _public_of(secret: bytes) -> bytes:
+    try:
+        return zmq.curve_public(secret)
+    except (zmq.ZMQError, ValueError):
+        return b""
 
 
 def _is_loopback(host: str) -> bool:

@@ -55,6 +55,8 @@ class Address:
         error = InvalidArgumentError(
             f"address is {text!r}, expected tcp://HOST:PORT, shm://@NAME, shm:///PATH or auto://..."
         )
+        if not isinstance(text, str):
+            raise error
         try:
             scheme, rest = text.split("://", 1)
             if scheme == "shm":
@@ -63,6 +65,11 @@ class Address:
                 return cls(path=rest)
             parts = urlsplit(text)
             if scheme not in ("tcp", "auto") or not parts.hostname or not parts.port:
+                raise error
+            # urlsplit takes more than is meant here, and drops some of it without a word.
+            if "@" in parts.netloc or parts.path or parts.fragment or not text.isprintable():
+                raise error
+            if scheme == "tcp" and parts.query:
                 raise error
             if scheme == "tcp":
                 return cls(parts.hostname, parts.port)

@@ -66,7 +66,8 @@ class PatchListener:
             host memory.
         hello: what this end says about itself. A field that both ends name must be equal, else both
             raise ProtocolError naming it.
-        max_pending: connections that may be in their handshake at one time.
+        max_pending: connections that may be in their handshake at one time; for one more the
+            oldest has to go, so that silent strangers do not keep the awaited peer out.
         handshake_timeout: seconds that a handshake may take.
         nccl_timeout: seconds that an NCCL communicator may take to come up.
 
@@ -205,7 +206,7 @@ class PatchListener:
                 self._check_open()
                 if key.fileobj in self._sockets:
                     self._greet(selector, key.fileobj)
-                elif key.data is not None:
+                elif key.data in self._pending:  # not turned away since the selector saw it
                     channel = self._advance(selector, key.data)
                     if channel is not None:
                         return channel
@@ -219,14 +220,16 @@ class PatchListener:
         kind = self._sockets[listening]
         accepted.setblocking(False)
         try:
-            if len(self._pending) >= self._max_pending:
-                raise ProtocolError(f"{self._max_pending} handshakes are under way already")
             if kind == "shm":
                 _check_same_user(accepted)
         except (ProtocolError, OSError) as error:
             self._note(str(error))
             accepted.close()
             return
+        if len(self._pending) >= self._max_pending:
+            # Who holds the key is through in milliseconds: the oldest is the least likely to.
+            why = f"{self._max_pending} handshakes are under way already; this was the oldest"
+            self._turn_away(selector, self._pending[0], why)
         steps = handshake.server(self._key, self._hello, kind)
         ends_at = time.monotonic() + self._handshake_timeout
         pending = _Pending(accepted, kind, steps, ends_at)

@@ -31,6 +31,8 @@ TRANSFER_SECONDS = 10.0
 STAGING_PIECE_BYTES: int = _core.STAGING_PIECE_BYTES
 STAGING_PIECES: int = _core.STAGING_PIECES
 _MAX_FRAME_BYTES = 16 << 10
+_MOST_PIECES = 1024
+_MOST_DESCRIPTORS = 4
 _LENGTH = struct.Struct(">I")
 
 Path = Literal["host", "p2p", "nccl"]
@@ -227,7 +229,9 @@ def set_up_target(
             return _fall_back(setup, own, f"the source: {said.get('why')}")
         if path == "p2p":
             shape = [said.get(name) for name in ("offset", "nbytes", "piece_bytes", "pieces")]
-            if len(fds) != 1 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+            # The core takes unsigned numbers, `pieces` of 32 bits; what it says of them is its own.
+            plausible = all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+            if len(fds) != 1 or not plausible or shape[3] > _MOST_PIECES:
                 raise ProtocolError(
                     "the source's staging: no descriptor, or no sizes, came with it"
                 )
@@ -305,7 +309,7 @@ class _Frames:
                 raise ProtocolError(f"a frame of {size} bytes while setting up")
             try:
                 content = json.loads(self._exactly(size, fds))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ProtocolError(f"a frame while setting up is no JSON: {error}") from None
             if not isinstance(content, dict):
                 raise ProtocolError("a frame while setting up is no JSON object")
@@ -323,6 +327,8 @@ class _Frames:
                 if self._socket.family == socket.AF_UNIX:
                     piece, more, _, _ = socket.recv_fds(self._socket, size - len(data), 4)
                     fds += more
+                    if len(fds) > _MOST_DESCRIPTORS:
+                        raise ProtocolError(f"{len(fds)} descriptors came while setting up")
                 else:
                     piece = self._socket.recv(size - len(data))
                 if not piece:
