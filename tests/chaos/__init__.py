@@ -1,0 +1,1 @@
+"""Faults of every kind, in every phase, against real processes under load."""
