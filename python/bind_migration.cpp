@@ -309,6 +309,8 @@ void bind_write_through(py::module_& m) {
       .def(
           "run", [](WriteThrough& self, double timeout) { return self.run(deadline_of(timeout)); },
           py::arg("timeout"), Release())
+      .def("resume", &WriteThrough::resume, py::arg("place"), py::arg("sender"),
+           py::arg("rounds_applied"), Release())
       .def("end_after", &WriteThrough::end_after, py::arg("seq"), Release())
       .def("cancel", &WriteThrough::cancel, Release())
       .def("sent_through", &WriteThrough::sent_through)

@@ -521,6 +521,11 @@ std::int64_t PatchReceiver::applied_through() const {
   return applied_.all();
 }
 
+std::uint64_t PatchReceiver::rounds_applied() const {
+  const std::lock_guard lock(mutex_);
+  return stats_.rounds;
+}
+
 void PatchReceiver::wait_region(std::uint64_t id, Deadline deadline) {
   {
     const std::lock_guard lock(mutex_);

@@ -354,6 +354,17 @@ std::int64_t PatchSender::applied_through() {
   return applied_.all();
 }
 
+std::uint64_t PatchSender::rounds_acknowledged() {
+  guarded("reading acknowledgements", false, [&] { read_available(); });
+  const std::lock_guard lock(mutex_);
+  return acknowledged_;
+}
+
+bool PatchSender::failed() {
+  const std::lock_guard lock(mutex_);
+  return failure_.has_value() || cancelled_;
+}
+
 std::uint64_t PatchSender::verify(std::span<const SlotRange> ranges, Deadline deadline) {
   return guarded("verification", false, [&] {
     std::uint64_t skipped = 0;

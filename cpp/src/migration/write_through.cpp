@@ -22,16 +22,19 @@ WriteThrough::WriteThrough(std::shared_ptr<DirtyTracker> tracker,
                            std::vector<std::shared_ptr<PatchSender>> senders,
                            const Options& options)
     : tracker_(std::move(tracker)),
-      senders_(std::move(senders)),
       options_(options),
       sent_through_(options.sent_through),
       next_round_(options.first_round) {
-  const bool complete = tracker_ && !senders_.empty() &&
-                        std::find(senders_.begin(), senders_.end(), nullptr) == senders_.end();
+  const bool complete = tracker_ && !senders.empty() &&
+                        std::find(senders.begin(), senders.end(), nullptr) == senders.end();
   if (!complete) {
     throw Error(ErrorCode::invalid_argument,
                 "WriteThrough: tracker or senders missing, expected one tracker and at least one "
                 "sender");
+  }
+  for (std::shared_ptr<PatchSender>& sender : senders) {
+    const std::uint64_t rounds = sender->rounds_sent();
+    links_.push_back({std::move(sender), rounds, 0, 0, 0});
   }
 }
 
@@ -39,6 +42,7 @@ bool WriteThrough::run(Deadline deadline) {
   while (true) {
     stop_ = false;
     if (cancelled_) throw Error(ErrorCode::cancelled, "write-through was cancelled");
+    flush();
     const std::optional<std::int64_t> last = this->last();
     if (last && sent_through() >= *last) {
       finish();
@@ -49,49 +53,112 @@ bool WriteThrough::run(Deadline deadline) {
       continue;
     }
     const std::int64_t start = now_ns();
-    send(tracker_->collect(), start);
+    keep(tracker_->collect(), start);
+    flush();
   }
 }
 
-void WriteThrough::send(const Collected& collected, std::int64_t start_ns) {
-  SentStep step;
+void WriteThrough::keep(const Collected& collected, std::int64_t start_ns) {
+  Kept kept{collected.ranges, collected.through_seq, {}};
+  kept.step.through_seq = collected.through_seq;
+  kept.step.slots = collected.num_slots;
+  kept.step.start_ns = start_ns;
   {
     const std::lock_guard lock(mutex_);
-    step.round = next_round_++;
+    kept.step.round = next_round_++;
+    if (options_.keep_ranges) {
+      ranges_.insert(ranges_.end(), collected.ranges.begin(), collected.ranges.end());
+      if (ranges_.size() >= merge_at_) {
+        ranges_ = merge_ranges(ranges_);
+        merge_at_ = 2 * ranges_.size() + 4096;
+      }
+    }
   }
-  step.through_seq = collected.through_seq;
-  step.slots = collected.num_slots;
-  step.start_ns = start_ns;
-  for (const std::shared_ptr<PatchSender>& sender : senders_) {
-    const RoundStats stats = sender->send_round(step.round, collected.through_seq, collected.ranges,
-                                                {}, message_deadline());
-    step.records += stats.records;
-    step.bytes += stats.bytes;
-    step.busy_seconds += stats.busy_seconds;
+  kept_.push_back(std::move(kept));
+}
+
+// Sends everybody what they have not been sent yet. What has gone out to one target is not sent
+// again because another one's connection has failed.
+void WriteThrough::flush() {
+  const std::uint64_t end = kept_from_ + kept_.size();
+  for (; reported_ < end; ++reported_) {
+    Kept& kept = kept_[reported_ - kept_from_];
+    for (Link& link : links_) {
+      if (link.next > reported_) continue;
+      const RoundStats stats = link.sender->send_round(kept.step.round, kept.through_seq,
+                                                       kept.ranges, {}, message_deadline());
+      link.next += 1;
+      kept.step.records += stats.records;
+      kept.step.bytes += stats.bytes;
+      kept.step.busy_seconds += stats.busy_seconds;
+      const std::lock_guard lock(mutex_);
+      bytes_ += stats.bytes;
+    }
+    kept.step.end_ns = now_ns();
+    kept.step.lag_steps = std::max<std::int64_t>(0, tracker_->sealed_through() - kept.through_seq);
+    const std::lock_guard lock(mutex_);
+    sent_through_ = kept.through_seq;
+    if (sent_.size() == kMostKept) sent_.pop_front();
+    sent_.push_back(kept.step);
   }
-  step.end_ns = now_ns();
-  step.lag_steps = std::max<std::int64_t>(0, tracker_->sealed_through() - collected.through_seq);
+  forget_applied();
+}
+
+std::uint64_t WriteThrough::applied(const Link& link, std::uint64_t rounds) noexcept {
+  return rounds > link.base ? link.first + (rounds - link.base) : link.floor;
+}
+
+void WriteThrough::forget_applied() {
+  std::uint64_t least = kept_from_ + kept_.size();
+  for (const Link& link : links_) {
+    least = std::min(least, applied(link, link.sender->rounds_acknowledged()));
+  }
+  for (; kept_from_ < least; ++kept_from_) kept_.pop_front();
+}
+
+void WriteThrough::resume(std::size_t place, std::shared_ptr<PatchSender> sender,
+                          std::uint64_t rounds_applied) {
+  if (place >= links_.size() || !sender) {
+    throw Error(ErrorCode::invalid_argument,
+                "WriteThrough::resume: place " + std::to_string(place) + " of " +
+                    std::to_string(links_.size()) + ", expected an existing one and a sender");
+  }
+  Link& link = links_[place];
+  const std::uint64_t sent = link.base + (link.next - link.first);
+  // The end of a round may have gone out before sending it failed.
+  if (rounds_applied > sent + 1) {
+    throw Error(ErrorCode::invalid_argument, "WriteThrough::resume: the target has applied " +
+                                                 std::to_string(rounds_applied) +
+                                                 " rounds, sent were " + std::to_string(sent));
+  }
+  const std::uint64_t from = std::max(applied(link, rounds_applied), kept_from_);
+  const std::uint64_t end = kept_from_ + kept_.size();
+  std::vector<SlotRange> ranges;
+  std::int64_t through = -1;
+  for (std::uint64_t number = from; number < end; ++number) {
+    const Kept& kept = kept_[number - kept_from_];
+    ranges.insert(ranges.end(), kept.ranges.begin(), kept.ranges.end());
+    through = kept.through_seq;
+  }
+  if (end == from) through = sent_through();
+  const std::uint64_t base = sender->rounds_sent();
+  const RoundStats stats = sender->send_round(next_round_, through, merge_ranges(std::move(ranges)),
+                                              {}, message_deadline());
+  // One round has carried all up to `end`, so it stands for the last of them.
+  const bool any = end != 0;
+  link = {std::move(sender), any ? base : base + 1, any ? end - 1 : 0, from, end};
   const std::lock_guard lock(mutex_);
-  sent_through_ = collected.through_seq;
-  bytes_ += step.bytes;
-  if (sent_.size() == kMostKept) sent_.pop_front();
-  sent_.push_back(step);
-  if (!options_.keep_ranges) return;
-  ranges_.insert(ranges_.end(), collected.ranges.begin(), collected.ranges.end());
-  if (ranges_.size() < merge_at_) return;
-  ranges_ = merge_ranges(ranges_);
-  merge_at_ = 2 * ranges_.size() + 4096;
+  bytes_ += stats.bytes;
 }
 
 // Writers that are not steps may have sealed their slots since the last step was sent.
 void WriteThrough::finish() {
   const std::int64_t start = now_ns();
   const Collected rest = tracker_->collect();
-  if (rest.num_slots != 0) send(rest, start);
+  if (rest.num_slots != 0) keep(rest, start);
+  flush();
   const std::int64_t through = sent_through();
-  for (const std::shared_ptr<PatchSender>& sender : senders_) {
-    sender->wait_applied(through, message_deadline());
-  }
+  for (const Link& link : links_) link.sender->wait_applied(through, message_deadline());
   const std::lock_guard lock(mutex_);
   if (!sent_.empty()) sent_.back().end_ns = now_ns();
 }

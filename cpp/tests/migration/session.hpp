@@ -72,6 +72,12 @@ class RunningReceiver {
 
   /// How `run` ended, once it has.
   std::optional<Error> outcome() { return outcome_.get(); }
+  /// Ends it, as the loss of its connection would; how many rounds it has applied.
+  std::uint64_t end() {
+    receiver.cancel();
+    outcome_.wait();
+    return receiver.rounds_applied();
+  }
 
   PatchReceiver receiver;
 

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <atomic>
 #include <future>
 #include <optional>
 #include <random>
@@ -183,6 +185,129 @@ TEST_P(WritingThrough, ATargetThatGivesUpEndsIt) {
     stage.tracker->seal(seq++);
   }
   EXPECT_TRUE(stage.outcome.get());
+}
+
+// Connections that are lost at any moment, and made again: nothing is lost, and what a target has
+// applied does not come again, since by then it may have written there itself.
+TEST_P(WritingThrough, GoesOnOverNewConnections) {
+  const std::uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 random(seed);
+  EndMemory source{small_spec(), {2, 5}, 16};
+  EndMemory near{small_spec(), {2, 5}, 16};
+  EndMemory far{small_spec(), {2, 5}, 16};
+  const std::array<EndMemory*, 2> targets{&near, &far};
+  PatchReceiver::Options receiving;
+  receiving.epoch = kEpoch;
+  PatchSender::Options sending;
+  sending.epoch = kEpoch;
+  std::array<std::optional<RunningReceiver>, 2> running;
+  std::array<std::shared_ptr<PatchSender>, 2> senders;
+  const auto connect = [&](std::size_t place) {
+    auto [a, b] = make_channels(GetParam());
+    running.at(place).emplace(b, targets.at(place)->patch_layers(), receiving);
+    senders.at(place) = std::make_shared<PatchSender>(a, source.patch_layers(), sending);
+  };
+  connect(0);
+  connect(1);
+  const auto tracker = std::make_shared<DirtyTracker>(source.slots());
+  WriteThrough through(tracker, {senders.at(0), senders.at(1)}, {});
+
+  constexpr std::int64_t kSteps = 300;
+  std::atomic<int> losses = 0;
+  std::thread writer([&] {
+    std::mt19937_64 values(seed + 1);
+    for (std::int64_t seq = 0; seq < kSteps; ++seq) {
+      while (through.sent_through() < seq - 4 || (losses == 0 && seq > kSteps / 2)) {
+        std::this_thread::yield();
+      }
+      tracker->open(seq);
+      const std::uint64_t block = values() % 16;
+      const std::vector<SlotRange> written{{4 * block, 4}};
+      tracker->record_ranges(seq, written);
+      for (const auto& layer : source.layers) {
+        std::fill_n(layer->bytes.begin() + static_cast<std::ptrdiff_t>(block * layer->stride),
+                    layer->layout.block_bytes, static_cast<std::byte>(values()));
+      }
+      tracker->seal(seq);
+    }
+    tracker->hold_from(kSteps);
+    through.end_after(kSteps - 1);
+  });
+  while (true) {
+    std::thread cutter;
+    const std::int64_t at = through.sent_through() + static_cast<std::int64_t>(random() % 30);
+    if (at < kSteps - 5) {
+      cutter = std::thread([&, place = random() % 2] {
+        while (through.sent_through() < at) std::this_thread::yield();
+        running.at(place)->receiver.cancel();
+      });
+    }
+    bool over = false;
+    try {
+      over = through.run(soon());
+    } catch (const Error& error) {
+      EXPECT_NE(error.code(), ErrorCode::invalid_argument) << error.what();
+    }
+    if (cutter.joinable()) cutter.join();
+    if (over) break;
+    for (std::size_t place = 0; place < 2; ++place) {
+      if (!senders.at(place)->failed()) continue;
+      losses += 1;
+      const std::uint64_t applied = running.at(place)->end();
+      connect(place);
+      through.resume(place, senders.at(place), applied);
+    }
+  }
+  writer.join();
+  EXPECT_GT(losses, 0);
+  for (EndMemory* target : targets) {
+    for (std::size_t i = 0; i < source.layers.size(); ++i) {
+      EXPECT_TRUE(source.layers[i]->bytes == target->layers[i]->bytes);
+    }
+  }
+}
+
+TEST_P(WritingThrough, WhatWasAppliedDoesNotComeAgain) {
+  Writing stage(GetParam());
+  stage.start();
+  const auto step = [&](std::int64_t seq, std::uint64_t block) {
+    stage.tracker->open(seq);
+    const std::vector<SlotRange> written{{4 * block, 4}};
+    stage.tracker->record_ranges(seq, written);
+    stage.write_block(block, std::byte{1});
+    stage.tracker->seal(seq);
+  };
+  step(0, 3);
+  stage.running->receiver.wait_applied(0, soon());
+  const std::uint64_t applied = stage.running->end();
+  step(1, 4);
+  EXPECT_TRUE(stage.outcome.get());
+  // The target runs the layers now, and has used the block for something else.
+  for (const auto& layer : stage.target.layers) {
+    std::fill_n(layer->bytes.begin() + static_cast<std::ptrdiff_t>(3 * layer->stride),
+                layer->layout.block_bytes, std::byte{9});
+  }
+  auto [a, b] = make_channels(GetParam());
+  PatchReceiver::Options receiving;
+  receiving.epoch = kEpoch;
+  stage.running.emplace(b, stage.target.patch_layers(), receiving);
+  PatchSender::Options sending;
+  sending.epoch = kEpoch;
+  EXPECT_EQ(code_of([&] { stage.through->resume(1, stage.sender, applied); }),
+            ErrorCode::invalid_argument);
+  stage.sender = std::make_shared<PatchSender>(a, stage.source.patch_layers(), sending);
+  EXPECT_EQ(code_of([&] { stage.through->resume(0, stage.sender, applied + 3); }),
+            ErrorCode::invalid_argument);
+  stage.through->resume(0, stage.sender, applied);
+  stage.through->end_after(1);
+  stage.start();
+  EXPECT_FALSE(stage.outcome.get());
+  EXPECT_EQ(stage.running->receiver.stats().slots, 4U * 2);
+  const auto& bytes = stage.target.layers[0]->bytes;
+  const std::size_t stride = stage.target.layers[0]->stride;
+  EXPECT_EQ(bytes[3 * stride], std::byte{9});
+  EXPECT_EQ(bytes[4 * stride], std::byte{1});
 }
 
 TEST(WriteThroughArguments, NeedsATrackerAndSenders) {

@@ -74,6 +74,8 @@ class PatchReceiver {
                     std::optional<std::uint32_t> layer = std::nullopt);
   /// -1 at first.
   [[nodiscard]] std::int64_t applied_through() const;
+  /// Rounds that are applied, and all before them; once `run` has ended this stays as it is.
+  [[nodiscard]] std::uint64_t rounds_applied() const;
   /// Waits until all bytes of a region are there.
   void wait_region(std::uint64_t id, Deadline deadline);
 

@@ -65,6 +65,12 @@ class PatchSender {
   void wait_applied(std::int64_t through_seq, Deadline deadline);
   /// The target's last word on that; -1 at first. Reads what has arrived, without waiting.
   [[nodiscard]] std::int64_t applied_through();
+  /// Rounds that were begun, and of these from the first on: how many the target has said to have
+  /// applied (what has arrived of its answers is read, without waiting).
+  [[nodiscard]] std::uint64_t rounds_sent() const noexcept { return next_round_; }
+  [[nodiscard]] std::uint64_t rounds_acknowledged();
+  /// Whether nothing can be sent any more; every call throws then.
+  [[nodiscard]] bool failed();
 
   /// Compares digests of `ranges`, layer by layer, with the target's. Nobody may be writing to them
   /// on either side. Throws Error(corrupt) naming the layer. Returns the number of slots compared,

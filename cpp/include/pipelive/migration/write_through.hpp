@@ -35,6 +35,9 @@ struct SentStep {
 /// write of steps up to the one that `end_after` names is applied at every target. The senders send
 /// nothing else meanwhile; generations keep a slot that several rounds in flight carry at its
 /// newest bytes.
+///
+/// A connection that is lost on the way may be made again: what the target may not have applied is
+/// kept until it has said that it has, and goes out once more (`resume`), and nothing else does.
 class WriteThrough {
  public:
   struct Options {
@@ -54,6 +57,13 @@ class WriteThrough {
   /// called again). Throws Error(cancelled) after cancel(), and what the senders throw.
   [[nodiscard]] bool run(Deadline deadline);
 
+  /// Goes on over `sender`, a new connection to the target of number `place` among the senders,
+  /// which has applied `rounds_applied` whole rounds of the connection before and takes no more
+  /// of it. Called where run() is called, after run() has thrown. Throws
+  /// Error(invalid_argument) for a place or a number of rounds that cannot be, and what `sender`
+  /// throws; then it may be called again with another one.
+  void resume(std::size_t place, std::shared_ptr<PatchSender> sender, std::uint64_t rounds_applied);
+
   /// Step `seq` is the last one to send. The tracker holds what later steps write.
   void end_after(std::int64_t seq);
   /// Lets run() end. From any thread, any number of times.
@@ -67,16 +77,40 @@ class WriteThrough {
   [[nodiscard]] std::vector<SlotRange> ranges() const;
 
  private:
-  void send(const Collected& collected, std::int64_t start_ns);
+  // What was collected at one time, until every target has applied it.
+  struct Kept {
+    std::vector<SlotRange> ranges;
+    std::int64_t through_seq = -1;
+    SentStep step;
+  };
+  // One connection. Its round `base + i` carries number `first + i` of what was kept; what comes
+  // before that is applied up to `floor` for sure.
+  struct Link {
+    std::shared_ptr<PatchSender> sender;
+    std::uint64_t base = 0;
+    std::uint64_t first = 0;
+    std::uint64_t floor = 0;
+    std::uint64_t next = 0;  // to be sent
+  };
+
+  void keep(const Collected& collected, std::int64_t start_ns);
+  void flush();
+  void forget_applied();
+  [[nodiscard]] static std::uint64_t applied(const Link& link, std::uint64_t rounds) noexcept;
   void finish();
   [[nodiscard]] std::optional<std::int64_t> last() const;
   [[nodiscard]] Deadline message_deadline() const;
 
   const std::shared_ptr<DirtyTracker> tracker_;
-  const std::vector<std::shared_ptr<PatchSender>> senders_;
   const Options options_;
   std::atomic<bool> stop_{false};  // there is news: look at what is below
   std::atomic<bool> cancelled_{false};
+
+  // Used by the thread that runs.
+  std::vector<Link> links_;
+  std::deque<Kept> kept_;
+  std::uint64_t kept_from_ = 0;  // the number of the first one that is kept
+  std::uint64_t reported_ = 0;   // the number of the first one that not everybody was sent
 
   mutable std::mutex mutex_;  // guards all below
   std::optional<std::int64_t> last_;
