@@ -197,6 +197,7 @@ void bind_sender(py::module_& m) {
           },
           py::arg("through_seq"), py::arg("timeout"), Release())
       .def("applied_through", &PatchSender::applied_through, Release())
+      .def("failed", &PatchSender::failed, Release())
       .def(
           "verify",
           [](PatchSender& sender, const py::object& ranges, double timeout) {
@@ -254,6 +255,7 @@ void bind_receiver(py::module_& m) {
           [](PatchReceiver& receiver, double timeout) { receiver.run(deadline_of(timeout)); },
           py::arg("timeout"), Release())
       .def("applied_through", &PatchReceiver::applied_through, Release())
+      .def("rounds_applied", &PatchReceiver::rounds_applied, Release())
       .def(
           "wait_applied",
           [](PatchReceiver& receiver, std::int64_t seq, double timeout,

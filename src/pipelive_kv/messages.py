@@ -255,6 +255,8 @@ class Switched(Body, frozen=True):
     predicted: Converged | None = None
     """What the source predicted last before the switchover, with ``predicted_stop_ms`` as its sum;
     None where the stage is no source."""
+    reconnects: int = 0
+    """Connections that were lost after the vote and made again."""
 
 
 class Release(Body, frozen=True):

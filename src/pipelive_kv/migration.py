@@ -184,6 +184,12 @@ class PatchSender:
         seq: int = self._core.applied_through()
         return seq
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing can be sent any more, since something went wrong or it was cancelled."""
+        failed: bool = self._core.failed()
+        return failed
+
     def verify(self, ranges: Ranges, timeout: float) -> bool:
         """Compare digests of ``ranges`` with the target's, layer by layer; True where all agree.
 
@@ -278,6 +284,16 @@ class WriteThrough:
         """
         over: bool = self._core.run(timeout)
         return over
+
+    def resume(self, place: int, sender: PatchSender, rounds_applied: int) -> None:
+        """Go on over a new connection to the target of number ``place`` after :meth:`run` raised.
+
+        ``rounds_applied`` is how many whole rounds of the connection before the target has applied;
+        what came after them is sent again, and nothing else. Raises InvalidArgumentError for
+        numbers that cannot be, and what ``sender`` raises; then it may be called once more, with
+        another one.
+        """
+        self._core.resume(place, sender.core, rounds_applied)
 
     def end_after(self, seq: int) -> None:
         """Step ``seq`` is the last to send; what later ones write the tracker holds back."""
@@ -382,6 +398,12 @@ class PatchReceiver:
         ``layer`` waits for that layer only. Raises DeadlineError, or what ended :meth:`run`.
         """
         self._core.wait_applied(seq, timeout, layer)
+
+    @property
+    def rounds_applied(self) -> int:
+        """Rounds that are applied with all before them; final once :meth:`run` has ended."""
+        count: int = self._core.rounds_applied()
+        return count
 
     def wait_region(self, region_id: int, timeout: float) -> None:
         """Wait until all bytes of a region are there; raises as :meth:`wait_applied` does."""

@@ -68,17 +68,17 @@ def _arrive(directory: str) -> Any:
 
 
 def _in_stage() -> bool:
-    import multiprocessing  # noqa: PLC0415
+    import multiprocessing
 
     return multiprocessing.current_process().name.startswith("pipelive-stage-")
 
 
 class _Installed:
-    """Before the pool is made: memory comes from a device that can fail, connections pass a proxy."""
+    """Before the pool is made: memory from a device that can fail, connections over a proxy."""
 
     def __init__(self, directory: str) -> None:
-        import pipelive_kv.memory as memory  # noqa: PLC0415
-        import pipelive_kv.stage.service as service  # noqa: PLC0415
+        from pipelive_kv import memory
+        from pipelive_kv.stage import service
 
         self._directory = directory
         self.device = _core.FaultDevice(_core.HostDevice())

@@ -85,7 +85,7 @@ class Case:
 
 
 def _may(before: tuple[str, ...], after: tuple[str, ...] = (DONE,)) -> dict[str, tuple[str, ...]]:
-    return {phase: before for phase in BEFORE} | {phase: after for phase in AFTER}
+    return dict.fromkeys(BEFORE, before) | dict.fromkeys(AFTER, after)
 
 
 # -- what is done ----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _wire(kind: str, *, forward: bool = True, long: bool = False) -> Strike:
         fault = WireFault(
             kind,
             forward=forward,
-            # Acknowledgements are few and short; data begins with a handshake of some hundred bytes.
+            # Acknowledgements are few and short; data begins with a handshake.
             after=dice.choice([0, 1, dice.randrange(700), dice.randrange(60_000)])
             if forward
             else dice.randrange(200),
@@ -184,7 +184,7 @@ CASES = (
     Case("a burst of requests", ANY, _burst, _may((DONE,))),
     Case("dry run", ("admitted",), _nothing, _may((ABORTED,)), options={"dry_run": True}),
     *(
-        Case(f"wire: {name}", _TCP_PHASES, strike, _may(_EITHER), transport="tcp")
+        Case(f"wire: {name}", _TCP_PHASES, strike, _may(_EITHER), transport="tcp", timeout=90.0)
         for name, strike in (
             ("closed", _wire("close")),
             ("reset", _wire("reset")),

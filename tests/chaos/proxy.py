@@ -1,7 +1,8 @@
-"""A relay between the two ends of a patch connection that breaks what passes, once and on command."""
+"""A relay between the ends of a patch connection that breaks what passes, once, on command."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import struct
@@ -108,13 +109,11 @@ class FaultProxy:
             end.close()
 
     def _relay(self, forward: bool, source: socket.socket, target: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(CHUNK):
                 if not self._pass(forward, data, target):
                     break
             target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
 
     def _pass(self, forward: bool, data: bytes, target: socket.socket) -> bool:
         """Pass ``data`` on, or what the fault makes of it; False where that direction is over."""
@@ -179,7 +178,5 @@ class FaultProxy:
 
     @staticmethod
     def _shut(end: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass

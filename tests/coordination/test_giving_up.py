@@ -11,7 +11,8 @@ from simulation import Pipeline
 
 import pipelive_kv as pk
 from pipelive_kv.migration import RoundStats
-from pipelive_kv.stage.source import Outgoing, SourceSession
+from pipelive_kv.stage.outgoing import Outgoing
+from pipelive_kv.stage.source import SourceSession
 
 SLOT_BYTES = 1000
 
@@ -65,10 +66,12 @@ def source():
     def make(writes, *, max_stop_ms, max_rounds=100):
         tracker = pk.DirtyTracker(4096)
         sender = Sender(tracker, writes)
+        move = Outgoing(1, (0,), lambda timeout: sender, lambda channel: channel)
+        move.open(60)
         session = SourceSession(
             1,
             tracker,
-            [Outgoing(1, (0,), sender, "fake")],
+            [move],
             sealed=-1,
             block_size=4,
             verify=False,

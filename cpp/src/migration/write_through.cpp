@@ -124,7 +124,8 @@ void WriteThrough::resume(std::size_t place, std::shared_ptr<PatchSender> sender
                     std::to_string(links_.size()) + ", expected an existing one and a sender");
   }
   Link& link = links_[place];
-  const std::uint64_t sent = link.base + (link.next - link.first);
+  const std::uint64_t sent =
+      link.next == link.floor ? link.base : link.base + (link.next - link.first);
   // The end of a round may have gone out before sending it failed.
   if (rounds_applied > sent + 1) {
     throw Error(ErrorCode::invalid_argument, "WriteThrough::resume: the target has applied " +
@@ -141,12 +142,14 @@ void WriteThrough::resume(std::size_t place, std::shared_ptr<PatchSender> sender
     through = kept.through_seq;
   }
   if (end == from) through = sent_through();
+  // One round carries all up to `end`, so it stands for the last of them. Noted before it is sent:
+  // where that fails, the next connection goes on from here.
   const std::uint64_t base = sender->rounds_sent();
-  const RoundStats stats = sender->send_round(next_round_, through, merge_ranges(std::move(ranges)),
-                                              {}, message_deadline());
-  // One round has carried all up to `end`, so it stands for the last of them.
   const bool any = end != 0;
-  link = {std::move(sender), any ? base : base + 1, any ? end - 1 : 0, from, end};
+  link = {std::move(sender), any ? base : base + 1, any ? end - 1 : 0, from, from};
+  const RoundStats stats = link.sender->send_round(
+      next_round_, through, merge_ranges(std::move(ranges)), {}, message_deadline());
+  link.next = end;
   const std::lock_guard lock(mutex_);
   bytes_ += stats.bytes;
 }

@@ -40,9 +40,11 @@ from pipelive_kv.messages import (
 )
 from pipelive_kv.migration import PatchReceiver, PatchSender
 from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.stage.incoming import Incoming
+from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.stage.session import StageSession
-from pipelive_kv.stage.source import Outgoing, SourceSession
-from pipelive_kv.stage.target import Incoming, TargetSession
+from pipelive_kv.stage.source import SourceSession
+from pipelive_kv.stage.target import TargetSession
 from pipelive_kv.transport import Channel, PatchListener, connect
 
 if TYPE_CHECKING:
@@ -319,21 +321,9 @@ class StageService:
         ends_at = time.monotonic() + request.timeout
         try:
             for target, layers, address in request.outgoing:
-                channel = connect(
-                    address,
-                    key=self._key,
-                    timeout=request.timeout,
-                    hello=self._hello(request.epoch),
-                    device=stage.pool.page_pool.device,
-                )
-                sender = PatchSender(
-                    channel,
-                    stage.pool.spec,
-                    {layer: stage.pool.layer(layer) for layer in layers},
-                    epoch=request.epoch,
-                    rate_limit=request.rate_limit or None,
-                )
-                outgoing.append(Outgoing(target, layers, sender, channel.kind))
+                move = self._outgoing(request, target, layers, address)
+                move.open(request.timeout)
+                outgoing.append(move)
             if outgoing:
                 source = SourceSession(
                     request.epoch,
@@ -357,6 +347,32 @@ class StageService:
                 move.sender.cancel()
             raise
         return Done()
+
+    def _outgoing(
+        self, request: Connect, target: int, layers: tuple[int, ...], address: str
+    ) -> Outgoing:
+        pool = self._stage.pool
+        views = {layer: pool.layer(layer) for layer in layers}
+
+        def open_channel(timeout: float) -> Channel:
+            return connect(
+                address,
+                key=self._key,
+                timeout=timeout,
+                hello=self._hello(request.epoch),
+                device=pool.page_pool.device,
+            )
+
+        def make_sender(channel: Channel) -> PatchSender:
+            return PatchSender(
+                channel,
+                pool.spec,
+                views,
+                epoch=request.epoch,
+                rate_limit=request.rate_limit or None,
+            )
+
+        return Outgoing(target, layers, open_channel, make_sender)
 
     def _start_copy(self, request: StartCopy) -> Done:
         session = self._session("StartCopy", request.epoch)

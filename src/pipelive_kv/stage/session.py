@@ -63,7 +63,7 @@ class StageSession:
             raise BusyError(
                 f"stage {self.rank} has not loaded the weights of layers {self.target.layers}"
             )
-        self.target.check()
+        self.target.arm()
         if self.source is not None:
             self.source.promise()
 
@@ -112,6 +112,7 @@ class StageSession:
             if source is not None
             else "",
             verified_slots=source.verified_slots if source is not None else 0,
+            reconnects=source.reconnects if source is not None else 0,
             tail_s=source.tail_seconds(self._last_old_end_ns) if source is not None else 0.0,
         )
 

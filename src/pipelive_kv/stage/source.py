@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -13,25 +14,30 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
+from pipelive_kv.errors import (
+    CancelledError,
+    ClosedError,
+    CorruptError,
+    DeadlineError,
+    PipeliveError,
+    ProtocolError,
+)
 from pipelive_kv.messages import Converged, RoundRecord
-from pipelive_kv.migration import PatchSender, SentStep, StopPredictor, WriteThrough
-from pipelive_kv.stage.limits import JOIN_TIMEOUT, TRANSFER_TIMEOUT
+from pipelive_kv.migration import SentStep, StopPredictor, WriteThrough
+from pipelive_kv.stage.limits import (
+    JOIN_TIMEOUT,
+    MOST_RECONNECTS,
+    STALL_TIMEOUT,
+    TRANSFER_TIMEOUT,
+)
+from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.tracker import DirtyTracker
+
+_log = logging.getLogger(__name__)
 
 Ranges = npt.NDArray[np.uint64]
 _LOOK_AGAIN = 0.01  # seconds that a wait for the GPU may keep a cancel waiting
 _LOOK_AT_CLOCK = 1.0  # seconds between two looks at the session's deadline in write-through
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """The layers that go to one target, and the connection to it."""
-
-    target: int
-    layers: tuple[int, ...]
-    sender: PatchSender
-    transport: str
 
 
 _GAIN = 0.9
@@ -46,6 +52,8 @@ class _Shared:
     """What the engine's thread, the control plane's and the patch thread share."""
 
     sealed: int = -1
+    promised: bool = False
+    """The stage has voted: a connection that is lost is made again."""
     limit: int | None = None
     """The last step that ran the old placement; its writes are the tail."""
     applied: int = -1
@@ -217,7 +225,13 @@ class SourceSession:
         with self._lock:
             if self._shared.error is not None:
                 raise self._shared.error
+            self._shared.promised = True
             self._ends_at = math.inf
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection was lost after the vote and made again."""
+        return sum(move.reconnects for move in self.outgoing)
 
     @property
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -300,8 +314,9 @@ class SourceSession:
                 for move in self.outgoing:
                     weights(move)
             self._round(0, self._start_seq, live)
-            self._send_steps(*self._patch(max_rounds))
-            self._finish()
+            through = self._begin_steps(*self._patch(max_rounds))
+            while not self._send_steps(through):
+                pass
         except PipeliveError as error:
             self._end(error)
         except Exception as error:  # a defect of ours must not leave the others waiting
@@ -330,7 +345,7 @@ class SourceSession:
             self._converge(self._tracker.pending_slots, number, max_rounds, after_round=True)
             number += 1
 
-    def _send_steps(self, number: int, sent_through: int) -> None:
+    def _begin_steps(self, number: int, sent_through: int) -> WriteThrough:
         senders = [move.sender for move in self.outgoing]
         for sender in senders:
             sender.set_rate_limit(None)
@@ -340,7 +355,7 @@ class SourceSession:
             sent_through=sent_through,
             first_round=number,
             keep_ranges=self._verify,
-            message_timeout=TRANSFER_TIMEOUT,
+            message_timeout=STALL_TIMEOUT,
         )
         with self._lock:
             if self._shared.stopping:
@@ -349,11 +364,52 @@ class SourceSession:
                 through.end_after(self._shared.limit)
             self._shared.through = through
             self._lock.notify_all()
-        while not through.run(_LOOK_AT_CLOCK):
-            self._rest()
-        self._shared.tail_ns = time.monotonic_ns()
-        if self._verify:
-            self._sent.append(through.ranges)
+        return through
+
+    def _send_steps(self, through: WriteThrough) -> bool:
+        """Go on to the end, or to the loss of a connection; False where it was made again."""
+        try:
+            while not through.run(_LOOK_AT_CLOCK):
+                self._rest()
+            self._shared.tail_ns = self._shared.tail_ns or time.monotonic_ns()
+            self._finish(through)
+        except (ClosedError, CorruptError, DeadlineError, ProtocolError) as error:
+            self._reconnect(through, error)
+            return False
+        return True
+
+    def _reconnect(self, through: WriteThrough, error: PipeliveError) -> None:
+        """Make anew what is lost; raises ``error`` before the vote, or where nothing is lost."""
+        self._check_promised(error)
+        silent = isinstance(error, DeadlineError)
+        lost = [
+            (place, move)
+            for place, move in enumerate(self.outgoing)
+            if move.sender.failed or (silent and move.sender.applied_through < through.sent_through)
+        ]
+        if not lost or self.reconnects >= MOST_RECONNECTS:
+            raise error
+        for place, move in lost:
+            _log.warning(
+                "epoch %d: the connection to stage %d is made again: %s",
+                self.epoch,
+                move.target,
+                error,
+            )
+            sender, applied = move.reconnect(lambda: self._check_promised(error))
+            try:
+                self._check_promised(error)
+                through.resume(place, sender, applied)
+            except (ClosedError, CorruptError, DeadlineError, ProtocolError) as again:
+                # Lost again; the next attempt goes on from there.
+                _log.warning("epoch %d: lost again: %s", self.epoch, again)
+
+    def _check_promised(self, error: PipeliveError) -> None:
+        with self._lock:
+            if self._shared.stopping:
+                raise CancelledError("the migration was cancelled")
+            if not self._shared.promised:
+                raise error
 
     def _record_of(self, step: SentStep) -> RoundRecord:
         predicted = self._predictor.predict(bytes=step.bytes, records=step.records)
@@ -461,14 +517,16 @@ class SourceSession:
         with contextlib.suppress(DeadlineError):
             self._tracker.wait_sealed(sent_through + 1, _LOOK_AGAIN)
 
-    def _finish(self) -> None:
-        if self._verify and self._sent:
-            ranges = np.concatenate(self._sent)
-            for move in self.outgoing:
+    def _finish(self, through: WriteThrough) -> None:
+        rest = [move for move in self.outgoing if not move.finished]
+        if self._verify:
+            ranges = np.concatenate([*self._sent, through.ranges])
+            for move in rest:
                 move.sender.verify(ranges, timeout=self._rest())
             self.verified_slots = int(ranges[:, 1].sum())
-        for move in self.outgoing:
+        for move in rest:
             move.sender.finish(timeout=self._rest())
+            move.finished = True
         with self._lock:
             self._shared.tail_done = True
             self._lock.notify_all()

@@ -2,140 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.kv import KVPool
-from pipelive_kv.migration import PatchReceiver
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
-from pipelive_kv.stage.limits import JOIN_TIMEOUT, SESSION_TIMEOUT
-from pipelive_kv.transport import Channel, PatchListener
-
-
-class Incoming:
-    """The layers that come from one source: its connection, and the thread that applies patches."""
-
-    def __init__(
-        self,
-        source: int,
-        layers: tuple[int, ...],
-        listener: PatchListener,
-        make_receiver: Callable[[Channel], PatchReceiver],
-        ends_at: float,
-    ) -> None:
-        self.source = source
-        self.layers = layers
-        self._listener = listener
-        self._make_receiver = make_receiver
-        self._ends_at = ends_at
-        self._lock = threading.Condition()
-        self._receiver: PatchReceiver | None = None
-        self._error: PipeliveError | None = None
-        self._finished = False
-        self._cancelled = False
-        self._open_through = -1  # what the engine's thread has found applied
-        self._thread = threading.Thread(
-            target=self._run, name=f"pipelive-apply-from-{source}", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        """Where the source connects."""
-        return self._listener.address
-
-    def receiver(self, timeout: float) -> PatchReceiver:
-        """The receiver, once the source has connected; raises what the thread raised."""
-        end = time.monotonic() + timeout
-        with self._lock:
-            while self._receiver is None:
-                self._check_locked()
-                rest = end - time.monotonic()
-                if rest <= 0:
-                    raise DeadlineError(
-                        f"stage {self.source} did not connect within {timeout:.1f} s"
-                    )
-                self._lock.wait(rest)
-            return self._receiver
-
-    def wait_applied(self, seq: int, timeout: float) -> None:
-        """The gate: wait until all writes of steps up to ``seq`` are applied."""
-        if seq > self._open_through:
-            self.receiver(timeout).wait_applied(seq, timeout=timeout)
-            self._open_through = seq
-
-    def wait_finished(self, timeout: float) -> None:
-        """Wait until the source has said that it is done (and verified, if it verifies)."""
-        end = time.monotonic() + timeout
-        with self._lock:
-            while not self._finished:
-                self._check_locked()
-                rest = end - time.monotonic()
-                if rest <= 0:
-                    raise DeadlineError(
-                        f"stage {self.source} did not finish its patches within {timeout:.1f} s"
-                    )
-                self._lock.wait(rest)
-
-    def check(self) -> None:
-        """Raise what the thread raised, if it did."""
-        with self._lock:
-            self._check_locked()
-
-    def interrupt(self) -> None:
-        """Let the thread end, without waiting for it. May be called twice."""
-        with self._lock:
-            self._cancelled = True
-            receiver = self._receiver
-            self._lock.notify_all()
-        self._listener.close()
-        if receiver is not None:
-            receiver.cancel()
-
-    def cancel(self) -> None:
-        """Nothing is written any more when this has returned. May be called twice."""
-        self.interrupt()
-        self._thread.join(timeout=JOIN_TIMEOUT)
-
-    def _check_locked(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._cancelled:
-            raise CancelledError(f"the move from stage {self.source} was cancelled")
-
-    def _run(self) -> None:
-        channel = None
-        try:
-            channel = self._listener.accept(timeout=max(0.0, self._ends_at - time.monotonic()))
-            receiver = self._make_receiver(channel)
-            with self._lock:
-                if self._cancelled:
-                    receiver.cancel()
-                    return
-                self._receiver = receiver
-                self._lock.notify_all()
-            receiver.run(timeout=SESSION_TIMEOUT)
-            with self._lock:
-                self._finished = True
-                self._lock.notify_all()
-        except PipeliveError as error:
-            self._end(error)
-        except Exception as error:  # a defect of ours must not leave the others waiting
-            self._end(PipeliveError(f"apply thread: {type(error).__name__}: {error}"))
-        finally:
-            self._listener.close()
-            if channel is not None:
-                channel.close()
-
-    def _end(self, error: PipeliveError) -> None:
-        with self._lock:
-            if self._error is None:
-                self._error = error
-            self._lock.notify_all()
+from pipelive_kv.stage.incoming import Incoming
 
 
 class TargetSession:
@@ -221,10 +94,13 @@ class TargetSession:
             self._hooks.prepare(self.layers, self._weights)
         self.loaded = True
 
-    def check(self) -> None:
-        """Raise what went wrong with a connection, if something did."""
+    def arm(self) -> None:
+        """Vote: from here on a connection that is lost may be made again.
+
+        Raises what went wrong with a connection, if something did.
+        """
         for incoming in self.incoming:
-            incoming.check()
+            incoming.arm()
 
     def gate(self, layer: int, through: int, timeout: float) -> None:
         """Wait until ``layer`` holds all writes of the steps up to ``through``."""
