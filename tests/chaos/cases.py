@@ -184,7 +184,7 @@ CASES = (
     Case("a burst of requests", ANY, _burst, _may((DONE,))),
     Case("dry run", ("admitted",), _nothing, _may((ABORTED,)), options={"dry_run": True}),
     *(
-        Case(f"wire: {name}", _TCP_PHASES, strike, _may(_EITHER), transport="tcp", timeout=90.0)
+        Case(f"wire: {name}", _TCP_PHASES, strike, _may(_EITHER), transport="tcp", timeout=20.0)
         for name, strike in (
             ("closed", _wire("close")),
             ("reset", _wire("reset")),

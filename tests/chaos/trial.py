@@ -17,6 +17,10 @@ DEATH_WITHIN = 30.0
 """Seconds from a kill to the error that the engine's caller gets."""
 
 
+LAZY_DESCRIPTORS = 12
+"""Of the control plane's threads, each of which opens its socket when it is needed first."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended.
@@ -170,5 +174,5 @@ class Run:
                 for kind, count in stage.fds.items()
                 if count > self._fds[rank].get(kind, 0)
             }
-            if sum(stage.fds.values()) > sum(self._fds[rank].values()) + 2:
+            if sum(stage.fds.values()) > sum(self._fds[rank].values()) + LAZY_DESCRIPTORS:
                 problems.append(f"stage {rank} holds more descriptors than at first: {more}")
