@@ -10,6 +10,7 @@ from pipelive_kv.coordinator import MigrationOptions
 from pipelive_kv.errors import PipeliveError
 from pipelive_kv.placement import Placement
 
+from .agent import Held
 from .cases import ABORTED, DONE, ENDED, Case, Trial
 from .service import Service
 
@@ -17,8 +18,8 @@ DEATH_WITHIN = 30.0
 """Seconds from a kill to the error that the engine's caller gets."""
 
 
-LAZY_DESCRIPTORS = 12
-"""Of the control plane's threads, each of which opens its socket when it is needed first."""
+LAZY_DESCRIPTORS = 2
+"""Of each thread of the control plane, which comes, with a socket, when it is needed first."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Run:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._used: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
-        self._fds: list[dict[str, int]] = []
+        self._first: list[Held] = []
 
     def trial(self, case: Case, phase: str, dice: random.Random) -> Outcome:
         """Run ``case`` in ``phase``."""
         service, engine = self.service, self.service.engine
         held = service.await_rest()
-        self._fds = self._fds or [stage.fds for stage in held]
+        self._first = self._first or held
         self._note_used(engine.placement, held)
         old = engine.placement
         new = random_placement(old, dice)
@@ -139,7 +140,7 @@ class Run:
                 return old.stage_of(layer), new.stage_of(layer)
         raise PipeliveError("nothing moves")
 
-    def _note_used(self, placement: Placement, held: list) -> None:
+    def _note_used(self, placement: Placement, held: list[Held]) -> None:
         key = (tuple(placement.counts), self.service.engine.scheduler.placement.num_stages)
         self._used.setdefault(key, tuple(stage.used_bytes for stage in held))
 
@@ -169,10 +170,13 @@ class Run:
         if used != self._used.setdefault(key, used):
             problems.append(f"bytes in use are {used}, at {wanted} they were {self._used[key]}")
         for rank, stage in enumerate(held):
+            first = self._first[rank]
             more = {
-                kind: f"{self._fds[rank].get(kind, 0)} to {count}"
+                kind: f"{first.fds.get(kind, 0)} to {count}"
                 for kind, count in stage.fds.items()
-                if count > self._fds[rank].get(kind, 0)
+                if count > first.fds.get(kind, 0)
             }
-            if sum(stage.fds.values()) > sum(self._fds[rank].values()) + LAZY_DESCRIPTORS:
+            threads = max(0, len(stage.threads) - len(first.threads))
+            allowed = sum(first.fds.values()) + LAZY_DESCRIPTORS * (threads + 1)
+            if sum(stage.fds.values()) > allowed:
                 problems.append(f"stage {rank} holds more descriptors than at first: {more}")
