@@ -228,10 +228,10 @@ def set_up_target(
         if not said.get("ok"):
             return _fall_back(setup, own, f"the source: {said.get('why')}")
         if path == "p2p":
-            shape = [said.get(name) for name in ("offset", "nbytes", "piece_bytes", "pieces")]
+            said_of = (said.get(name) for name in ("offset", "nbytes", "piece_bytes", "pieces"))
             # The core takes unsigned numbers, `pieces` of 32 bits; what it says of them is its own.
-            plausible = all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-            if len(fds) != 1 or not plausible or shape[3] > _MOST_PIECES:
+            shape = [n for n in said_of if type(n) is int and 0 <= n < 1 << 40]
+            if len(fds) != 1 or len(shape) != 4 or shape[3] > _MOST_PIECES:
                 raise ProtocolError(
                     "the source's staging: no descriptor, or no sizes, came with it"
                 )
