@@ -84,15 +84,24 @@ class StageWorker:
         budget,
         transport,
         joins=False,
+        page_bytes=4096,
+        weights=None,
     ):
+        """``weights``, a WeightSource, brings layers' weights into the pool of pages."""
+        pages = pk.PagePool(budget, page_bytes=page_bytes)
+        self.weights = None
+        if weights is not None:
+            self.weights = pk.WeightArena(pages, weights, placement.num_layers)
+            for layer in placement.layers_of(rank):
+                self.weights.add(layer)
+                self.weights.load(layer)
         self.pool = pk.KVPool(
             spec(),
             num_layers=placement.num_layers,
             layers=placement.layers_of(rank),
             max_blocks=max_blocks,
             capacity=capacity,
-            budget=budget,
-            page_bytes=4096,
+            page_pool=pages,
         )
         self.hooks = Hooks()
         self.stage = pk.Stage(
@@ -104,6 +113,7 @@ class StageWorker:
             control=endpoint,
             transport=transport,
             joins=joins,
+            weights=self.weights,
         )
         self.inbox: queue.Queue[Message | None] = queue.Queue()
         self.forward = None
@@ -165,6 +175,7 @@ class Pipeline:
         seed=0,
         endpoint=None,
         remote=0,
+        **more,
     ):
         """With an ``endpoint``, the coordinator is somebody else's.
 
@@ -194,6 +205,7 @@ class Pipeline:
                 max_blocks=max_blocks,
                 budget=budget,
                 transport=transport,
+                **more,
             )
             for rank in range(len(counts) - remote)
         ]

@@ -1,5 +1,6 @@
 """Reconfigurations over real stages and transports, without a model; see simulation.py."""
 
+import gc
 import os
 import random
 import threading
@@ -243,9 +244,37 @@ def test_nothing_is_left_behind(pipeline, tmp_path):
     assert after == before
 
 
+@pytest.mark.slow
+def test_back_and_forth_a_thousand_times(pipeline, tmp_path):
+    """Nothing grows: files, threads, pages, and what the process takes beside them."""
+    p = pipeline([3, 3], budget=5 * 5 * 4096)
+    p.run(10)
+    placements = [pk.Placement.from_counts(counts) for counts in ([1, 5], [3, 3])]
+    seen = []
+    for number in range(1000):
+        job = p.coordinator.reconfigure(
+            placements[number % 2], timeout=60, options=pk.MigrationOptions(max_stop_ms=1000)
+        )
+        p.run_until(job)
+        assert job.wait(timeout=1).placement == placements[number % 2]
+        if number % 100 == 99:
+            p.check(placements[1])
+            gc.collect()
+            seen.append((_resources(p), _resident_kib()))
+    assert len({resources for resources, _ in seen}) == 1
+    early, late = seen[1][1], seen[-1][1]
+    print("resident KiB after each hundred:", [kib for _, kib in seen])
+    assert late - early < 16 << 10
+
+
+def _resident_kib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+
+
 def _resources(p):
     used = tuple(worker.pool.page_pool.stats().used_bytes for worker in p.workers)
     # The control plane starts its few worker threads as they are needed, so they do not count.
     sessions = ("pipelive-patch", "pipelive-apply", "pipelive-load", "pipelive-reconfigure")
     threads = [t.name for t in threading.enumerate() if t.name.startswith(sessions)]
-    return len(os.listdir("/proc/self/fd")), sorted(threads), used
+    return len(os.listdir("/proc/self/fd")), tuple(sorted(threads)), used

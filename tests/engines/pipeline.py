@@ -33,7 +33,6 @@ class LocalStage:
         self.stage = TransformersStage(
             model,
             rank=rank,
-            num_stages=placement.num_stages,
             kv=self.pool.layer,
             weights=self.source,
         )
@@ -86,6 +85,8 @@ class LocalPipeline:
         )
         carried = torch.tensor(ids)
         for local in self.stages:
+            if not local.stage.active_layers:
+                continue
             carried = local.stage.forward(
                 carried, torch.tensor(positions), batch, gate=self.gated.append
             )

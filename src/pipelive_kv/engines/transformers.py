@@ -171,14 +171,13 @@ class TransformersStage(EngineHooks):
 
     Args:
         model: the model; several stages may be made from one.
-        rank: of this stage; the first one embeds, the last one has the head.
-        num_stages: of the pipeline.
+        rank: of this stage. Whoever holds the first layer embeds, whoever holds the last one has
+            norm and head, which therefore come and go with these layers.
         kv: gives the KV view of a layer, `KVPool.layer`.
         weights: where embedding, final norm and head come from.
         device: of layers, KV and everything that `forward` takes and returns: "cpu" or "cuda:0".
 
     Raises:
-        WeightsError: if embedding, norm or head cannot be loaded.
         UnsupportedModelError: if the model does more between layers than pass hidden states on.
     """
 
@@ -187,18 +186,16 @@ class TransformersStage(EngineHooks):
         model: TransformersModel,
         *,
         rank: int,
-        num_stages: int,
         kv: Callable[[int], Any],
         weights: SafetensorsSource,
         device: str | torch.device = "cpu",
     ) -> None:
-        if not 0 <= rank < num_stages:
-            raise InvalidArgumentError(f"rank is {rank}; expected 0 to {num_stages - 1}")
+        if rank < 0:
+            raise InvalidArgumentError(f"rank is {rank}; expected 0 or more")
         self.model = model
         self.rank = rank
         self.device = torch.device(device)
-        self.is_first = rank == 0
-        self.is_last = rank == num_stages - 1
+        self.is_first = self.is_last = False
         self._parts = model.build()
         self._templates = list(self._parts.layers)
         self._idle = [_PassThrough() for _ in self._templates]
@@ -213,12 +210,11 @@ class TransformersStage(EngineHooks):
             if index == 0:
                 idle.register_forward_pre_hook(self._enter, with_kwargs=True)
         _real_buffers(self._parts.model, self._parts.model, self.device)
-        norm = getattr(self._parts.base, self._parts.norm_name)
-        setattr(self._parts.base, self._parts.norm_name, nn.Identity())
+        self._weights = weights
+        self._norm = getattr(self._parts.base, self._parts.norm_name)
+        self._no_norm = nn.Identity()
+        setattr(self._parts.base, self._parts.norm_name, self._no_norm)
         self._check_transparent()
-        if self.is_last:
-            setattr(self._parts.base, self._parts.norm_name, norm)
-        self._load_ends(weights)
 
     # -- engine hooks ------------------------------------------------------------------------
 
@@ -227,7 +223,8 @@ class TransformersStage(EngineHooks):
 
         Raises:
             WeightsError, InvalidArgumentError: if a layer is not held by the arena or does not
-                fit; none of the layers is prepared then.
+                fit, or embedding, norm or head cannot be loaded; none of the layers is prepared
+                then.
         """
         if not isinstance(arena, WeightArena):
             raise InvalidArgumentError(
@@ -235,6 +232,7 @@ class TransformersStage(EngineHooks):
                 "their weights from"
             )
         built = {layer: self._build(layer, arena) for layer in layers}
+        self._load_ends(layers)
         with self._lock:
             self._ready.update(built)
 
@@ -263,6 +261,11 @@ class TransformersStage(EngineHooks):
                 self._ready[index] if index in running else self._idle[index]
             )
         self._running = running
+        self.is_first = 0 in running
+        if self.is_last != (len(self._idle) - 1 in running):
+            self.is_last = not self.is_last
+            norm = self._norm if self.is_last else self._no_norm
+            setattr(self._parts.base, self._parts.norm_name, norm)
 
     def discard(self, layers: Sequence[int]) -> None:
         """Forget prepared layers that do not run (an abort); their memory may go then."""
@@ -377,18 +380,30 @@ class TransformersStage(EngineHooks):
         with self._lock:
             for layer in layers:
                 self._ready.pop(layer, None)
+        self._unload_ends(layers)
 
-    def _load_ends(self, weights: SafetensorsSource) -> None:
-        parts, wanted = self._parts, dict[str, nn.Module]()
-        embedding = f"{parts.base_name}.{parts.embedding_name}"
-        if self.is_first:
-            wanted[embedding] = parts.model.get_input_embeddings()
-        if self.is_last:
-            wanted[f"{parts.base_name}.{parts.norm_name}"] = getattr(parts.base, parts.norm_name)
-            wanted[_name_of(parts.model, parts.model.get_output_embeddings())] = (
-                parts.model.get_output_embeddings()
-            )
+    def _ends(self, layers: Sequence[int]) -> dict[str, nn.Module]:
+        """What else than layers is run by whoever holds ``layers``, by name."""
+        parts, found = self._parts, dict[str, nn.Module]()
+        if 0 in layers:
+            found[self._embedding_name] = parts.model.get_input_embeddings()
+        if len(self._idle) - 1 in layers:
+            head = parts.model.get_output_embeddings()
+            found[f"{parts.base_name}.{parts.norm_name}"] = self._norm
+            found[_name_of(parts.model, head)] = head
+        return found
+
+    @property
+    def _embedding_name(self) -> str:
+        return f"{self._parts.base_name}.{self._parts.embedding_name}"
+
+    def _load_ends(self, layers: Sequence[int]) -> None:
+        parts, embedding, weights = self._parts, self._embedding_name, self._weights
+        wanted = self._ends(layers)
         loaded: dict[str, torch.Tensor] = {}
+        for of in (parts.model.get_input_embeddings(), parts.model.get_output_embeddings()):
+            if parts.tied and not of.weight.is_meta:
+                loaded[f"{embedding}.weight"] = of.weight.detach()  # the other end has it already
         for module_name, module in wanted.items():
             state: dict[str, torch.Tensor] = {}
             for name, value in module.state_dict().items():
@@ -404,6 +419,11 @@ class TransformersStage(EngineHooks):
                 state[name] = loaded[full]
             module.load_state_dict(state, strict=True, assign=True)
             module.requires_grad_(False)
+
+    def _unload_ends(self, layers: Sequence[int]) -> None:
+        for module in self._ends(layers).values():
+            none = {name: value.to("meta") for name, value in module.state_dict().items()}
+            module.load_state_dict(none, strict=True, assign=True)
 
     @torch.inference_mode()
     def _check_transparent(self) -> None:

@@ -86,6 +86,8 @@ class Batcher:
         self._lanes = [_Lane([None] * config.max_batch) for _ in range(config.lanes)]
         self._count = 0
         self._preempted = 0
+        self.group = 0
+        """Of processes; goes into every step."""
 
     @property
     def preempted(self) -> int:
@@ -198,7 +200,7 @@ class Batcher:
         if has_decode:
             return self._decode(lane, stamp), admitted
         lane.in_flight[stamp.seq] = []
-        return Step(stamp, "empty", [], [], [], [], [], [], [], []), admitted
+        return Step(stamp, self.group, "empty", [], [], [], [], [], [], [], []), admitted
 
     def finish(self, seq: int, tokens: list[int]) -> list[tuple[Sequence, int]]:
         """Take the tokens that step `seq` drew; returns each with its sequence."""
@@ -266,6 +268,7 @@ class Batcher:
             lane.in_flight[stamp.seq], samples = [], []
         return Step(
             stamp=stamp,
+            group=self.group,
             kind="prefill",
             tokens=tokens + [0] * padding,
             positions=positions + [0] * padding,
@@ -302,6 +305,7 @@ class Batcher:
         width = max(len(table) for table in tables)
         return Step(
             stamp=stamp,
+            group=self.group,
             kind="decode",
             tokens=tokens,
             positions=positions,

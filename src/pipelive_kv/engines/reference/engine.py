@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pipelive_kv.blocks import BlockAllocator
@@ -15,12 +15,13 @@ from pipelive_kv.coordinator import Coordinator, MigrationOptions
 from pipelive_kv.engines.reference.batcher import Batcher
 from pipelive_kv.engines.reference.config import (
     EngineConfig,
+    EngineFailedError,
     Request,
     RequestResult,
     StageTimes,
     StepRecord,
 )
-from pipelive_kv.engines.reference.messages import StepDone
+from pipelive_kv.engines.reference.messages import Meet, StepDone
 from pipelive_kv.engines.reference.processes import StageProcesses, private_folder
 from pipelive_kv.engines.reference.worker import Launch
 from pipelive_kv.errors import ClosedError, DeadlineError, InvalidArgumentError
@@ -44,6 +45,10 @@ class _Issued:
     kind: str
     rows: int
     issued: float
+    expected: set[int]
+    """Ranks that report it."""
+    last: int
+    """The rank with the last layer, which draws the tokens."""
     reports: dict[int, StepDone] = field(default_factory=dict)
 
 
@@ -86,6 +91,10 @@ class Engine:
         self._coordinator: Coordinator | None = None
         self._scheduler: Scheduler | None = None
         self._stages: StageProcesses | None = None
+        self._members: tuple[int, ...] = tuple(range(config.placement.num_stages))
+        self._group = self._groups = 0
+        self._membership = threading.Condition()
+        self._wants_step = False
         try:
             self._start()
         except BaseException:
@@ -191,6 +200,77 @@ class Engine:
         """
         return self.coordinator.reconfigure(placement, timeout=timeout, options=options, **more)
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The ranks of the stages that take part."""
+        return self._members
+
+    def add_stage(self, rank: int | None = None, *, timeout: float = 120.0) -> int:
+        """Start one more stage; it holds no layer until a placement gives it some.
+
+        Steps must go on meanwhile: call it from another thread than `run`.
+
+        Args:
+            rank: of a stage that has left; None: behind all that are or were there.
+            timeout: seconds for its process to start, to connect and to take part in a step.
+
+        Returns:
+            Its rank.
+
+        Raises:
+            EngineFailedError: it could not start, or died; the others go on.
+            BusyError: a reconfiguration, or another change, is under way.
+            DeadlineError: it did not take part in time.
+        """
+        ends_at = time.monotonic() + timeout
+        chosen = max(self.placement.num_stages, *(member + 1 for member in self._members))
+        chosen = chosen if rank is None else rank
+        try:
+            self.coordinator.add_stage(
+                chosen, lambda: self._attach(chosen, ends_at), timeout=timeout
+            )
+        except BaseException:
+            if chosen not in self.coordinator.stages:
+                self._detach(chosen)
+            raise
+        return chosen
+
+    def remove_stage(self, rank: int, *, timeout: float = 60.0) -> None:
+        """Let a stage that holds no layer any more go, and end its process.
+
+        Raises:
+            BusyError: it holds layers, or a reconfiguration is under way.
+        """
+        self.coordinator.remove_stage(rank, lambda: self._detach(rank), timeout=timeout)
+
+    def _attach(self, rank: int, ends_at: float) -> None:
+        stages = self._running()
+        placement = self.placement.padded(max(self.placement.num_stages, rank + 1))
+        stages.start(
+            replace(self._launch, rank=rank, placement=placement, capacity=self._allocator.capacity)
+        )
+        stages.await_ready([rank], ends_at - time.monotonic())
+        ranks = sorted({*self._members, rank})
+        self._groups += 1
+        group = self._groups
+        stages.meet(Meet(group, ranks), ends_at - time.monotonic())
+        with self._membership:
+            self._members, self._group = tuple(ranks), group
+            self._wants_step = True
+            self._done.put(None)
+            while self._wants_step:
+                rest = ends_at - time.monotonic()
+                if rest <= 0 or self._closed:
+                    raise DeadlineError(f"no step was run in which stage {rank} could take part")
+                self._membership.wait(min(rest, 0.2))
+
+    def _detach(self, rank: int) -> None:
+        with self._membership:
+            self._members = tuple(member for member in self._members if member != rank)
+        self._running().stop(rank)
+        # What it had not reported any more.
+        self._on_lost(rank)
+
     def close(self) -> None:
         """Stop the stages and leave nothing behind. May be called twice."""
         with self._lock:
@@ -220,11 +300,21 @@ class Engine:
         address = endpoint.address if endpoint is not None else ""
         self._stages = StageProcesses(
             [
-                Launch(config, rank, directory, address, key)
-                for rank in range(config.placement.num_stages)
+                Launch(
+                    config,
+                    rank,
+                    directory,
+                    address,
+                    key,
+                    config.placement,
+                    config.first_capacity,
+                )
+                for rank in self._members
             ],
             self._on_done,
+            self._on_lost,
         )
+        self._launch = Launch(config, -1, directory, address, key, config.placement, 0, joins=True)
         self._scheduler = Scheduler(
             config.placement,
             allocator=self._allocator,
@@ -237,7 +327,7 @@ class Engine:
         self._scheduler.on_remap(self._batcher.remap)
         if config.preempt:
             self._scheduler.on_short(self._preempt)
-        self._stages.await_ready(config.start_timeout)
+        self._stages.await_ready(self._members, config.start_timeout)
         if self._coordinator is not None:
             self._coordinator.await_ready(config.start_timeout)
 
@@ -259,16 +349,28 @@ class Engine:
         """Send out steps until the next one's lane is busy or there is nothing to do."""
         scheduler, stages = self.scheduler, self._running()
         while not self._batcher.is_busy(scheduler.next_seq):
-            if self._batcher.is_idle and not scheduler.wants_step:
+            if self._batcher.is_idle and not scheduler.wants_step and not self._wants_step:
                 return
             stages.check()
             stamp = scheduler.stamp()
             now = time.monotonic()
             self._note_arrivals(stamp.seq, now)
-            step, _ = self._batcher.build(stamp, scheduler.wanted_capacity)
-            rows = sum(length > 0 for length in step.seq_lens)
-            self._issued[stamp.seq] = _Issued(stamp.epoch, step.kind, rows, now)
-            stages.send(step)
+            with self._membership:
+                members = self._members
+                self._batcher.group = self._group
+                step, _ = self._batcher.build(stamp, scheduler.wanted_capacity)
+                rows = sum(length > 0 for length in step.seq_lens)
+                held = scheduler.placement.stages
+                last = max(rank for rank, layers in enumerate(held) if layers)
+                gone = [rank for rank, layers in enumerate(held) if layers and rank not in members]
+                if gone:
+                    raise EngineFailedError(f"stages {gone} have gone, and layers with them")
+                self._issued[stamp.seq] = _Issued(
+                    stamp.epoch, step.kind, rows, now, set(members), last
+                )
+                stages.send(step, members)
+                self._wants_step = False
+                self._membership.notify_all()
 
     def _preempt(self, lacking: int) -> None:
         scheduler = self.scheduler
@@ -289,11 +391,37 @@ class Engine:
 
     def _on_done(self, done: StepDone, now: float) -> None:
         """Called in the listening thread, also while `stamp` waits in ours."""
-        issued = self._issued[done.seq]
-        issued.reports[done.rank] = done
-        if len(issued.reports) == self.config.placement.num_stages:
-            self.scheduler.retired(done.seq)
-            self._done.put((done.seq, now))
+        with self._membership:
+            issued = self._issued.get(done.seq)
+            if issued is None or done.rank not in issued.expected:
+                return
+            issued.reports[done.rank] = done
+            if issued.reports.keys() < issued.expected:
+                return
+        self.scheduler.retired(done.seq)
+        self._done.put((done.seq, now))
+
+    def _on_lost(self, rank: int) -> bool:
+        """Called in the listening thread; a stage without layers is not missed."""
+        if self._scheduler is None:
+            return False
+        with self._membership:
+            placement = self._scheduler.placement
+            if rank < placement.num_stages and placement.layers_of(rank):
+                return False
+            self._members = tuple(member for member in self._members if member != rank)
+            over = []
+            for seq, issued in sorted(self._issued.items()):
+                if issued.last == rank and rank not in issued.reports:
+                    return False
+                if rank in issued.expected and rank not in issued.reports:
+                    issued.expected.discard(rank)
+                    if issued.reports.keys() >= issued.expected:
+                        over.append(seq)
+        for seq in over:
+            self.scheduler.retired(seq)
+            self._done.put((seq, time.monotonic()))
+        return True
 
     def _wait(self, on_token: OnToken | None, on_step: OnStep | None) -> None:
         stages = self._running()
@@ -313,8 +441,9 @@ class Engine:
     def _finish(
         self, seq: int, now: float, on_token: OnToken | None, on_step: OnStep | None
     ) -> None:
-        issued = self._issued.pop(seq)
-        last = issued.reports[self.config.placement.num_stages - 1]
+        with self._membership:
+            issued = self._issued.pop(seq)
+        last = issued.reports[issued.last]
         for sequence, token in self._batcher.finish(seq, last.tokens):
             result = self._results[sequence.request_id]
             result.tokens.append(token)
@@ -340,11 +469,7 @@ class Engine:
         seq = min(self._issued)
         issued = self._issued[seq]
         if time.monotonic() - issued.issued > self.config.step_timeout:
-            silent = [
-                rank
-                for rank in range(self.config.placement.num_stages)
-                if rank not in issued.reports
-            ]
+            silent = sorted(issued.expected - issued.reports.keys())
             raise DeadlineError(
                 f"step {seq} ({issued.kind}) did not come back within "
                 f"{self.config.step_timeout:.0f} s; stages {silent} have not reported it"

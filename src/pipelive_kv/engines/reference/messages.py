@@ -8,7 +8,18 @@ import msgspec
 
 from pipelive_kv.messages import Stamp
 
-__all__ = ["Failed", "FromStage", "Ready", "Sample", "Step", "StepDone", "Stop", "ToStage"]
+__all__ = [
+    "Failed",
+    "FromStage",
+    "Meet",
+    "Met",
+    "Ready",
+    "Sample",
+    "Step",
+    "StepDone",
+    "Stop",
+    "ToStage",
+]
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -28,6 +39,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """
 
     stamp: Stamp
+    group: int
+    """Which of the groups of processes passes the hidden states on; see :class:`Meet`."""
     kind: Literal["prefill", "decode", "empty"]
     tokens: list[int]
     positions: list[int]
@@ -37,6 +50,13 @@ class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     query_start: list[int]
     logit_rows: list[int]
     samples: list[Sample]
+
+
+class Meet(msgspec.Struct, frozen=True, tag=True):
+    """Connect with the processes of `ranks`, beside the steps; answered by `Met`."""
+
+    group: int
+    ranks: list[int]
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -49,8 +69,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     rank: int
 
 
+class Met(msgspec.Struct, frozen=True, tag=True):
+    """A stage is connected with all others of a group, or says why it is not."""
+
+    rank: int
+    group: int
+    error: str = ""
+
+
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """A stage has run a step; the last stage adds a token per sample. Times: monotonic seconds."""
+    """A stage has run a step; with the last layer come tokens. Times: monotonic seconds."""
 
     rank: int
     seq: int
@@ -70,5 +98,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     trace: str
 
 
-ToStage = Step | Stop
-FromStage = Ready | StepDone | Failed
+ToStage = Step | Meet | Stop
+FromStage = Ready | Met | StepDone | Failed

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,7 +21,16 @@ import msgspec
 import zmq
 
 from pipelive_kv.engines.reference.config import EngineFailedError
-from pipelive_kv.engines.reference.messages import Failed, FromStage, Ready, Step, StepDone, Stop
+from pipelive_kv.engines.reference.messages import (
+    Failed,
+    FromStage,
+    Meet,
+    Met,
+    Ready,
+    Step,
+    StepDone,
+    Stop,
+)
 from pipelive_kv.engines.reference.worker import Launch, main, results_address, steps_address
 
 __all__ = ["StageProcesses", "private_folder"]
@@ -43,38 +52,40 @@ class StageProcesses:
     for a stamp.
 
     Args:
-        launches: one per stage, by rank.
+        launches: one per stage that is there from the start, by rank.
         on_done: called in the listening thread with every result and the time it came in.
+        on_lost: called there with the rank of a process that has ended and was not told to; returns
+            whether the others can go on without it.
     """
 
-    def __init__(self, launches: list[Launch], on_done: Callable[[StepDone, float], None]) -> None:
+    def __init__(
+        self,
+        launches: list[Launch],
+        on_done: Callable[[StepDone, float], None],
+        on_lost: Callable[[int], bool],
+    ) -> None:
         self._on_done = on_done
-        self._events: queue.SimpleQueue[Ready | EngineFailedError] = queue.SimpleQueue()
+        self._on_lost = on_lost
+        self._events: queue.SimpleQueue[Ready | Met | EngineFailedError] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._encoder = msgspec.msgpack.Encoder()
-        directory = launches[0].directory
+        self._directory = launches[0].directory
         self._results = self._context.socket(zmq.PULL)
-        self._results.bind(results_address(directory))
-        self._steps: list[zmq.Socket[bytes]] = []
-        for launch in launches:
-            socket = self._context.socket(zmq.PUSH)
-            socket.bind(steps_address(directory, launch.rank))
-            self._steps.append(socket)
-        start = _start_context(launches[0].config.start_method)
-        self._processes: list[BaseProcess] = [
-            start.Process(
-                target=main, args=(launch,), name=f"pipelive-stage-{launch.rank}", daemon=True
-            )
-            for launch in launches
-        ]
+        self._results.bind(results_address(self._directory))
+        self._start_method = launches[0].config.start_method
+        # Guards what is known of the processes, and their sockets, which several threads send on.
+        self._lock = threading.RLock()
+        self._steps: dict[int, zmq.Socket[bytes]] = {}
+        self._processes: dict[int, BaseProcess] = {}
+        self._started: list[BaseProcess] = []
         self._stopping = threading.Event()
         self._failure: EngineFailedError | None = None
         self._complaints: list[Failed] = []
         # Also when the engine is dropped without being closed, no process stays behind.
-        self._reap = weakref.finalize(self, _reap, self._processes, directory)
+        self._reap = weakref.finalize(self, _reap, self._started, self._directory)
         try:
-            for process in self._processes:
-                process.start()
+            for launch in launches:
+                self._start(launch)
         except BaseException:
             self._reap()
             raise
@@ -84,33 +95,69 @@ class StageProcesses:
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids, by rank."""
-        return tuple(process.pid or 0 for process in self._processes)
+        with self._lock:
+            return tuple(process.pid or 0 for _, process in sorted(self._processes.items()))
 
-    def await_ready(self, timeout: float) -> None:
-        """Wait until every stage has loaded its layers.
+    def start(self, launch: Launch) -> None:
+        """Start the process of a stage that joins."""
+        self.check()
+        while not self._events.empty():  # of one that has gone before
+            self._events.get()
+        self._start(launch)
+
+    def _start(self, launch: Launch) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.bind(steps_address(self._directory, launch.rank))
+        process = _start_context(self._start_method).Process(
+            target=main, args=(launch,), name=f"pipelive-stage-{launch.rank}", daemon=True
+        )
+        process.start()
+        with self._lock:
+            self._steps[launch.rank] = socket
+            self._processes[launch.rank] = process
+            self._started.append(process)
+
+    def await_ready(self, ranks: Iterable[int], timeout: float) -> None:
+        """Wait until every stage of `ranks` has loaded its layers.
 
         Raises:
             EngineFailedError: if one of them failed, or is not ready in time; named by rank.
         """
-        end = time.monotonic() + timeout
-        missing = set(range(len(self._processes)))
-        while missing:
-            try:
-                event = self._events.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
-                raise EngineFailedError(
-                    f"stages {sorted(missing)} were not ready within {timeout:.0f} s"
-                ) from None
-            if isinstance(event, EngineFailedError):
-                raise event
-            missing.discard(event.rank)
+        self._await(ranks, timeout, lambda event: isinstance(event, Ready), "ready")
 
-    def send(self, step: Step) -> None:
-        """Send a step to every stage."""
+    def meet(self, meet: Meet, timeout: float) -> None:
+        """Have the stages of a new group connect with each other, while steps go on.
+
+        Raises:
+            EngineFailedError: if one of them failed, or is not connected in time; named by rank.
+        """
+        self._send(self._encoder.encode(meet), meet.ranks)
+
+        def is_met(event: Ready | Met) -> bool:
+            if isinstance(event, Met) and event.group == meet.group and event.error:
+                raise EngineFailedError(f"stage {event.rank} cannot connect: {event.error}")
+            return isinstance(event, Met) and event.group == meet.group
+
+        self._await(meet.ranks, timeout, is_met, "connected")
+
+    def send(self, step: Step, ranks: Iterable[int]) -> None:
+        """Send a step to every stage of `ranks`."""
         self.check()
-        encoded = self._encoder.encode(step)
-        for socket in self._steps:
-            socket.send(encoded)
+        self._send(self._encoder.encode(step), ranks)
+
+    def stop(self, rank: int, timeout: float = 5.0) -> None:
+        """End the process of a stage, by force where it does not in time; it may have gone."""
+        with self._lock:
+            process, socket = self._processes.pop(rank, None), self._steps.pop(rank, None)
+        if process is None or socket is None:
+            return
+        with contextlib.suppress(zmq.ZMQError):
+            socket.send(self._encoder.encode(Stop()), zmq.NOBLOCK)
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join(timeout)
+        socket.close(linger=0)
 
     def check(self) -> None:
         """Raise the failure of a stage, if there was one."""
@@ -128,41 +175,89 @@ class StageProcesses:
             return
         self._stopping.set()
         encoded = self._encoder.encode(Stop())
-        for socket in self._steps:
-            with contextlib.suppress(zmq.ZMQError):
-                socket.send(encoded, zmq.NOBLOCK)
+        with self._lock:
+            for socket in self._steps.values():
+                with contextlib.suppress(zmq.ZMQError):
+                    socket.send(encoded, zmq.NOBLOCK)
         end = time.monotonic() + (0.2 if self._failure is not None else timeout)
-        for process in self._processes:
+        for process in tuple(self._processes.values()):
             process.join(max(0.0, end - time.monotonic()))
         self._thread.join(timeout=5.0)
         self._reap()
-        for socket in (*self._steps, self._results):
+        for socket in (*self._steps.values(), self._results):
             socket.close(linger=0)
         self._context.term()
+
+    def _send(self, encoded: bytes, ranks: Iterable[int]) -> None:
+        with self._lock:
+            for rank in ranks:
+                if rank in self._steps:
+                    self._steps[rank].send(encoded)
+
+    def _await(
+        self,
+        ranks: Iterable[int],
+        timeout: float,
+        wanted: Callable[[Ready | Met], bool],
+        what: str,
+    ) -> None:
+        end = time.monotonic() + timeout
+        missing = set(ranks)
+        while missing:
+            try:
+                event = self._events.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise EngineFailedError(
+                    f"stages {sorted(missing)} were not {what} within {timeout:.0f} s"
+                ) from None
+            if isinstance(event, EngineFailedError):
+                raise event
+            if wanted(event):
+                missing.discard(event.rank)
 
     # -- the listening thread ------------------------------------------------------------------
 
     def _listen(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._results, zmq.POLLIN)
-        for process in self._processes:
-            poller.register(process.sentinel, zmq.POLLIN)
         decoder = msgspec.msgpack.Decoder(FromStage)
         try:
             while not self._stopping.is_set():
+                poller = zmq.Poller()
+                poller.register(self._results, zmq.POLLIN)
+                with self._lock:
+                    sentinels = {p.sentinel: rank for rank, p in self._processes.items()}
+                for sentinel in sentinels:
+                    poller.register(sentinel, zmq.POLLIN)
                 ready: dict[Any, int] = dict(poller.poll(200))
                 if self._results in ready:
                     self._take(decoder.decode(self._results.recv()))
-                elif ready and not self._stopping.is_set():
-                    self._fail(self._collect(decoder))
-                    return
+                    continue
+                for sentinel in ready:
+                    if not self._stopping.is_set() and self._ended(sentinels[sentinel], decoder):
+                        return
         except Exception as error:
             self._fail(EngineFailedError(f"listening to the stages: {error}"))
+
+    def _ended(self, rank: int, decoder: msgspec.msgpack.Decoder[FromStage]) -> bool:
+        """A process has ended; whether that is the end of all."""
+        with self._lock:
+            if rank not in self._processes:
+                return False  # it was told to
+        if not self._on_lost(rank):
+            self._fail(self._collect(decoder))
+            return True
+        with self._lock:
+            process, socket = self._processes.pop(rank), self._steps.pop(rank)
+        socket.close(linger=0)
+        said = [complaint for complaint in self._complaints if complaint.rank == rank]
+        why = said[0].error if said else _exit(process.exitcode)
+        # Whoever waits for it to join hears of it; for all others it goes unnoticed.
+        self._events.put(EngineFailedError(f"stage {rank} has gone: {why}"))
+        return False
 
     def _take(self, message: FromStage) -> None:
         if isinstance(message, StepDone):
             self._on_done(message, time.monotonic())
-        elif isinstance(message, Ready):
+        elif isinstance(message, Ready | Met):
             self._events.put(message)
         # A Failed is followed by the end of its process, which is where it is reported.
         else:
@@ -178,7 +273,7 @@ class StageProcesses:
                 said.append(message)
         texts: list[str] = []
         speakers = {message.rank for message in said}
-        for rank, process in enumerate(self._processes):
+        for rank, process in sorted(self._processes.items()):
             if not process.is_alive() and rank not in speakers:
                 texts.append(f"stage {rank} died without a word: {_exit(process.exitcode)}")
         texts += [f"stage {message.rank} failed: {message.error}" for message in said]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,18 @@ import msgspec
 import zmq
 
 from pipelive_kv.engines.reference.config import EngineConfig
-from pipelive_kv.engines.reference.messages import Failed, Ready, Step, StepDone, Stop, ToStage
+from pipelive_kv.engines.reference.messages import (
+    Failed,
+    Meet,
+    Met,
+    Ready,
+    Step,
+    StepDone,
+    Stop,
+    ToStage,
+)
 from pipelive_kv.errors import InvalidArgumentError
+from pipelive_kv.placement import Placement
 
 __all__ = ["Launch", "main", "results_address", "steps_address"]
 
@@ -34,6 +43,9 @@ class Launch:
         directory: private folder for sockets and the rendezvous file.
         control: address of the coordinator; empty if there is none.
         key: `ControlKey.to_bytes()`.
+        placement: that is served; the engine's first one, unless the stage joins later.
+        capacity: block ids that are resident.
+        joins: whether the stage joins a pipeline that runs already; it holds no layer then.
     """
 
     config: EngineConfig
@@ -41,6 +53,9 @@ class Launch:
     directory: str
     control: str
     key: bytes
+    placement: Placement
+    capacity: int
+    joins: bool = False
 
 
 def steps_address(directory: str, rank: int) -> str:
@@ -72,8 +87,11 @@ def main(launch: Launch) -> None:
         worker = _Worker(launch)
         try:
             results.send(encoder.encode(Ready(launch.rank)))
-            for step in _steps(context, launch):
-                results.send(encoder.encode(worker.run(step)))
+            for message in _messages(context, launch):
+                if isinstance(message, Meet):
+                    worker.meet(message, lambda met: _tell(context, launch, met))
+                else:
+                    results.send(encoder.encode(worker.run(message)))
         finally:
             worker.close()
     except Exception as error:
@@ -85,8 +103,16 @@ def main(launch: Launch) -> None:
         context.destroy(linger=0)
 
 
-def _steps(context: zmq.Context[Any], launch: Launch) -> Any:
-    """Yield steps until a Stop comes or the driver's process is gone."""
+def _tell(context: zmq.Context[Any], launch: Launch, met: Met) -> None:
+    """Send from another thread: it needs a socket of its own."""
+    with context.socket(zmq.PUSH) as socket:
+        socket.linger = 2000
+        socket.connect(results_address(launch.directory))
+        socket.send(msgspec.msgpack.encode(met))
+
+
+def _messages(context: zmq.Context[Any], launch: Launch) -> Any:
+    """Yield steps and meetings until a Stop comes or the driver's process is gone."""
     socket = context.socket(zmq.PULL)
     socket.connect(steps_address(launch.directory, launch.rank))
     decoder = msgspec.msgpack.Decoder(ToStage)
@@ -126,6 +152,7 @@ class _Worker:
         import torch  # noqa: PLC0415
 
         from pipelive_kv.control import ControlEndpoint, ControlKey  # noqa: PLC0415
+        from pipelive_kv.engines.reference.groups import Groups  # noqa: PLC0415
         from pipelive_kv.engines.transformers import (  # noqa: PLC0415
             TransformersModel,
             TransformersStage,
@@ -137,16 +164,20 @@ class _Worker:
 
         config = launch.config
         self._config, self._rank = config, launch.rank
-        self._size = config.placement.num_stages
         torch.set_num_threads(config.threads)
-        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
-        if self._size > 1:
-            self._join(launch.directory)
+        self._groups = Groups(
+            launch.directory,
+            launch.rank,
+            timeout=config.step_timeout,
+            max_sent=2 * config.lanes,
+        )
+        if not launch.joins:
+            self._groups.meet(0, range(launch.placement.num_stages))
         model = TransformersModel(config.model, dtype=config.dtype)
         self._device = _device(config.device, launch.rank)
         self._hidden_size = model.hidden_size
         self._dtype = getattr(torch, config.dtype)
-        layers = config.placement.layers_of(launch.rank)
+        layers = launch.placement.layers_of(launch.rank)
         source = model.open_weights()
         pages = PagePool(config.budget, page_bytes=config.page_bytes, device=str(self._device))
         arena = WeightArena(pages, source, model.num_layers)
@@ -158,38 +189,39 @@ class _Worker:
             num_layers=model.num_layers,
             layers=layers,
             max_blocks=config.max_blocks,
-            capacity=config.first_capacity,
+            capacity=launch.capacity,
             page_pool=pages,
             stack=config.stack,
         )
         self._model = TransformersStage(
             model,
             rank=launch.rank,
-            num_stages=self._size,
             kv=pool.layer,
             weights=source,
             device=self._device,
         )
         self._model.prepare(layers, arena)
-        self._model.activate(config.placement)
+        self._model.activate(launch.placement)
         control = None
         if launch.control:
             control = ControlEndpoint(launch.control, ControlKey.from_bytes(launch.key))
         self._stage = Stage(
             pp_rank=launch.rank,
-            pp_size=self._size,
+            pp_size=launch.placement.num_stages,
             pool=pool,
-            placement=config.placement,
+            placement=launch.placement,
             hooks=config.wrap_hooks(self._model, pool) if config.wrap_hooks else self._model,
             weights=arena,
             control=control,
             transport=config.transport,
+            joins=launch.joins,
         )
 
     def run(self, step: Step) -> StepDone:
-        """Run one step and say how long it took, and on the last stage which tokens it drew."""
+        """Run one step and say how long it took, and with the last layer which tokens it drew."""
         import torch  # noqa: PLC0415
 
+        from pipelive_kv.engines.reference.groups import neighbours  # noqa: PLC0415
         from pipelive_kv.engines.reference.sampling import draw  # noqa: PLC0415
         from pipelive_kv.engines.transformers import StepBatch  # noqa: PLC0415
 
@@ -205,8 +237,10 @@ class _Worker:
             held.gate(layer)
             waited += time.monotonic() - before
 
-        if step.kind != "empty":
-            inputs = self._inputs(step)
+        # A stage without layers runs every step, but what the others compute does not pass it.
+        if step.kind != "empty" and held.layers:
+            before, after = neighbours(self._stage.placement.stages, self._rank)
+            inputs = self._inputs(step, before)
             start = time.monotonic()
             device = self._device
             batch = StepBatch(
@@ -224,10 +258,10 @@ class _Worker:
             )
             # Gloo and sampling want host memory; the copy also ends the step's work on a GPU.
             result = result.cpu()
-            if self._rank == self._size - 1:
+            if after is None:
                 tokens = draw(result, step.samples)
             else:
-                self._send(result, step.stamp.seq)
+                self._groups.send(step.group, after, result, step.stamp.seq & 0xFFFF)
         self._stage.end(held)
         return StepDone(
             rank=self._rank,
@@ -244,37 +278,19 @@ class _Worker:
         """Leave the control plane."""
         self._stage.close()
 
-    def _join(self, directory: str) -> None:
-        """Meet the other stages through a file: a TCP store would listen on every interface."""
-        import torch.distributed as dist  # noqa: PLC0415
-
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(  # type: ignore[attr-defined]
-                f"{directory}/rendezvous", self._size
-            ),
-            rank=self._rank,
-            world_size=self._size,
-            timeout=datetime.timedelta(seconds=self._config.step_timeout),
+    def meet(self, message: Meet, tell: Callable[[Met], object]) -> None:
+        """Connect with a new group of processes while steps go on."""
+        self._groups.meet_later(
+            message.group,
+            message.ranks,
+            lambda error: tell(Met(self._rank, message.group, error)),
         )
 
-    def _inputs(self, step: Step) -> Any:
+    def _inputs(self, step: Step, before: int | None) -> Any:
         import torch  # noqa: PLC0415
-        import torch.distributed as dist  # noqa: PLC0415
 
-        if self._rank == 0:
+        if before is None:
             return torch.tensor(step.tokens, dtype=torch.int64)
         hidden = torch.empty((len(step.tokens), self._hidden_size), dtype=self._dtype)
-        work = dist.irecv(hidden, self._rank - 1, tag=step.stamp.seq & 0xFFFF)
-        if work is not None:
-            work.wait()
+        self._groups.receive(step.group, before, hidden, step.stamp.seq & 0xFFFF)
         return hidden
-
-    def _send(self, hidden: Any, seq: int) -> None:
-        """Send without waiting: gloo's blocking send waits for the other side to receive."""
-        import torch.distributed as dist  # noqa: PLC0415
-
-        while len(self._sent) >= 2 * self._config.lanes:
-            self._sent.popleft()[0].wait()
-        hidden = hidden.contiguous()
-        self._sent.append((dist.isend(hidden, self._rank + 1, tag=seq & 0xFFFF), hidden))
