@@ -270,6 +270,46 @@ MUTANTS = (
         "lambda _: Abort(self.epoch, reason, ABORT_TIMEOUT), Done, ABORT_TIMEOUT, ()\n        )\n",
         ("tests/coordination",),
     ),
+    Mutant(
+        "shrink-quarantine",
+        "a shrink waits for the steps that may still use freed ids",
+        PYTHON + "scheduler/residency.py",
+        "        elif self._waits(request):\n            return False\n",
+        "",
+        ("tests/coordination/test_residency.py",),
+    ),
+    Mutant(
+        "raise-in-stamp",
+        "a higher capacity takes effect with a stamp, not beside one",
+        PYTHON + "scheduler/residency.py",
+        "        state.raise_to = max(state.raise_to, capacity)\n",
+        "        state.raise_to = max(state.raise_to, capacity)\n        self._raise()\n",
+        ("tests/coordination/test_residency.py",),
+    ),
+    Mutant(
+        "wave-capacity",
+        "the capacity stays low between two waves",
+        PYTHON + "coordinator/reconfiguration.py",
+        "self._after = self.room if wave.is_last else during",
+        "self._after = self.room",
+        ("tests/coordination/test_wave_moves.py",),
+    ),
+    Mutant(
+        "join-epoch",
+        "a stage that joins takes over what the others have been told before",
+        PYTHON + "stage/stage.py",
+        "            self.fence(stamp.aborted)\n",
+        "",
+        ("tests/coordination/test_join_leave.py",),
+    ),
+    Mutant(
+        "leave-empty",
+        "a stage leaves only when it holds no layer",
+        PYTHON + "coordinator/coordinator.py",
+        "            if held:\n",
+        "            if False:\n",
+        ("tests/coordination/test_join_leave.py",),
+    ),
 )
 
 

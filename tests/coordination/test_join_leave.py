@@ -1,5 +1,7 @@
 """Stages come to a running pipeline and leave it; no step is lost, and nobody restarts."""
 
+import time
+
 import pytest
 from simulation import Pipeline
 
@@ -60,6 +62,34 @@ def test_the_epoch_and_the_resizes_are_taken_over(pipeline, tmp_path):
     assert joined.pool.capacity == p.allocator.capacity
     report = _move(p, [1, 3, 2])
     assert report.epoch == 3
+
+
+def test_a_new_coordinator_is_told_who_is_there(pipeline, tmp_path):
+    p = pipeline
+    p.join(2)
+    _move(p, [0, 3, 3])
+    p.leave(0)
+    old, address = p.coordinator, p.coordinator.endpoint
+    old.close()
+    p.coordinator = _take_the_place(address, record_dir=tmp_path / "record", ranks=[2, 1, 2])
+    p.coordinator.await_ready(60)
+    assert p.coordinator.stages == (1, 2)
+    assert p.coordinator.recover(60) == ()
+    _move(p, [0, 2, 4])
+    with pytest.raises(pk.InvalidArgumentError, match="ranks is"):
+        pk.Coordinator(address, pp_size=2, record_dir=tmp_path, ranks=[])
+
+
+def _take_the_place(address, **more):
+    """The system may take a moment to let go of the address."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return pk.Coordinator(address, pp_size=2, **more)
+        except pk.ClosedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def test_it_takes_part_in_a_shrink(tmp_path):

@@ -245,6 +245,7 @@ def test_nothing_is_left_behind(pipeline, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_back_and_forth_a_thousand_times(pipeline, tmp_path):
     """Nothing grows: files, threads, pages, and what the process takes beside them."""
     p = pipeline([3, 3], budget=5 * 5 * 4096)

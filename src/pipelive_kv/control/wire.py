@@ -10,7 +10,7 @@ import zmq
 from pipelive_kv.errors import PipeliveError, ProtocolError, by_name
 from pipelive_kv.messages import Answer, Request
 
-VERSION = 2
+VERSION = 3
 """Raised with every change of a message; unlike versions refuse each other by name."""
 
 HEARTBEAT_SECONDS = 2.0

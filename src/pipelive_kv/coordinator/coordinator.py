@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from pipelive_kv.control import ControlEndpoint, ControlServer
@@ -53,17 +53,26 @@ class Coordinator:
         control: where to listen; see :attr:`endpoint` for the port that ``tcp://host:*`` became.
         pp_size: the number of stages at the start; see :meth:`add_stage` for more.
         record_dir: where decisions are recorded; the scheduler must see the same directory.
+        ranks: of the stages that there are, for a coordinator that takes the place of one under
+            which some have joined or left; None: 0 to ``pp_size - 1``.
     """
 
     def __init__(
-        self, control: ControlEndpoint, *, pp_size: int, record_dir: str | os.PathLike[str]
+        self,
+        control: ControlEndpoint,
+        *,
+        pp_size: int,
+        record_dir: str | os.PathLike[str],
+        ranks: Iterable[int] | None = None,
     ) -> None:
         if pp_size < 1:
             raise InvalidArgumentError(f"pp_size is {pp_size}, expected 1 or more")
+        self._ranks = tuple(range(pp_size)) if ranks is None else tuple(sorted(set(ranks)))
+        if not self._ranks or self._ranks[0] < 0:
+            raise InvalidArgumentError(f"ranks is {self._ranks}, expected some of 0 or more")
         self._record = FileDecisionRecord(record_dir)
         self._record_dir = str(self._record.directory.absolute())
         self._server = ControlServer(control)
-        self._ranks = tuple(range(pp_size))
         self._lock = threading.Lock()
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
