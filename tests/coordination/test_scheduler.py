@@ -5,6 +5,7 @@ import pytest
 
 import pipelive_kv as pk
 from pipelive_kv import messages
+from pipelive_kv.record import Decision, FileDecisionRecord
 from pipelive_kv.scheduler import runs_of
 from pipelive_kv.stage.session import StageSession
 
@@ -131,3 +132,20 @@ def test_close_twice(scheduler):
 def test_runs():
     assert runs_of([]) == ()
     assert runs_of([0, 1, 2, 5, 7, 8]) == ((0, 3), (5, 1), (7, 2))
+
+
+def test_word_that_comes_as_the_wait_ends_is_not_taken_twice(scheduler, monkeypatch, tmp_path):
+    """The wait for it has ended without it, and it comes before the record is looked at."""
+    stages = ((0,), (1, 2, 3))
+    decision = Decision(1, "commit", step=0, stages=stages)
+    scheduler._handle(messages.Propose(1, stages, str(tmp_path), 0, 60.0))
+    FileDecisionRecord(tmp_path).decide(decision)
+    wait = scheduler._lock.wait
+
+    def late(timeout=None):
+        wait(0.001)
+        scheduler._handle(messages.Settle(1, commit=True))
+        return False
+
+    monkeypatch.setattr(scheduler._lock, "wait", late)
+    assert scheduler.stamp().epoch == 1

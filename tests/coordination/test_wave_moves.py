@@ -54,8 +54,12 @@ def test_a_large_move_goes_in_waves(pipeline):
 
 def test_the_capacity_stays_down_between_waves(pipeline):
     """Five layers have room for 32 blocks, which is known before the first wave begins."""
+    while pipeline.sequences:
+        pipeline.scheduler.freed(pipeline.sequences.pop().blocks)
+    pipeline.step(empty=True)
+    pipeline.drain()
     job = _move(pipeline, pk.Placement.from_counts([5, 3, 0]))
-    pipeline.run_until(job)
+    pipeline.run_until(job, idle=True)
     report = job.wait(timeout=1)
     assert len(report.waves) > 1
     assert {wave.capacity_during for wave in report.waves} == {32}
