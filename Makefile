@@ -40,7 +40,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan cuda mutants wheel-check clean
+.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan fuzz cuda mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +110,16 @@ asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitize
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=address,undefined
 	@$(COMPILE) build/asan -j $(JOBS)
 	@UBSAN_OPTIONS=print_stacktrace=1 $(CTEST) --test-dir build/asan
+
+fuzz: setup  ## Run the libFuzzer targets, FUZZ_SECONDS=60 each (needs clang; build/fuzz)
+	@command -v clang++ >/dev/null || { echo "fuzz: clang++ is missing; install clang and its runtime \
+	(Debian: apt-get install clang libclang-rt-14-dev)" >&2; exit 1; }
+	@$(CONFIGURE) -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DPIPELIVE_BUILD_PYTHON=OFF -DPIPELIVE_CUDA=OFF -DPIPELIVE_FUZZ=ON \
+	  -DPIPELIVE_SANITIZE=fuzzer-no-link,address,undefined
+	@$(COMPILE) build/fuzz -j $(JOBS) --target wire_fuzz receiver_fuzz sender_fuzz tcp_channel_fuzz \
+	  shm_channel_fuzz peer_channel_fuzz
+	@scripts/fuzz.sh build/fuzz
 
 cuda: setup  ## Compile the CUDA part for all architectures (needs nvcc; build/cuda)
 	@$(CONFIGURE) -B build/cuda -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \

@@ -168,7 +168,9 @@ std::string describe_mismatch(const Hello& peer, const Hello& own) {
 
 void write_records(std::span<std::byte> message, std::span<const Record> records) {
   const std::size_t end = kHeaderBytes + records.size_bytes();
-  std::memcpy(message.data() + kHeaderBytes, records.data(), records.size_bytes());
+  if (!records.empty()) {
+    std::memcpy(message.data() + kHeaderBytes, records.data(), records.size_bytes());
+  }
   std::memset(message.data() + end, 0, payload_offset(records.size()) - end);
 }
 
