@@ -15,6 +15,8 @@ WERROR ?= $(if $(CI),ON,OFF)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 CTEST_ARGS ?=
+CHAOS_ARGS ?=
+SOAK_ARGS ?=
 BENCH_ARGS ?=
 HYPOTHESIS_PROFILE ?= ci
 
@@ -40,7 +42,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan fuzz cuda mutants wheel-check clean
+.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan fuzz cuda chaos soak mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -126,6 +128,14 @@ cuda: setup  ## Compile the CUDA part for all architectures (needs nvcc; build/c
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=ON
 	@$(COMPILE) build/cuda -j $(JOBS) --target cuda_tests
 	@$(CTEST) --test-dir build/cuda/cuda
+
+# Outside of CI: the whole table of faults (N=0), or N trials drawn at random.
+N ?= 0
+chaos: build  ## Faults in every phase against stage processes under load; N=500 draws so many
+	@$(BIN)/python -m tests.chaos.run --trials $(N) --json build/chaos.json $(CHAOS_ARGS)
+
+soak: build  ## A thousand reconfigurations back and forth under load; what is held stays flat
+	@$(BIN)/python -m tests.chaos.soak --json build/soak.json $(SOAK_ARGS)
 
 mutants: setup  ## Break one rule at a time and see a test fail; MUTANTS_ARGS="gate record" chooses
 	@$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
