@@ -318,7 +318,7 @@ TEST(WriteThroughArguments, NeedsATrackerAndSenders) {
 
 INSTANTIATE_TEST_SUITE_P(Channels, WritingThrough,
                          testing::Values(ChannelKind::shm, ChannelKind::tcp),
-                         [](const auto& info) { return test::name_of(info.param); });
+                         [](const auto& kind) { return test::name_of(kind.param); });
 
 }  // namespace
 }  // namespace pipelive
