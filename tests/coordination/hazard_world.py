@@ -51,7 +51,7 @@ class Link:
     def interrupt(self) -> None:
         pass
 
-    cancel = interrupt
+    cancel = arm = interrupt
 
 
 class Source:
