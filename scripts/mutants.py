@@ -71,6 +71,22 @@ MUTANTS = (
         ("tracker_tests",),
     ),
     Mutant(
+        "resume",
+        "over a new connection nothing is sent again that the target has applied",
+        CORE + "migration/write_through.cpp",
+        "std::max(applied(link, rounds_applied), kept_from_)",
+        "std::max(link.floor, kept_from_)",
+        ("migration_tests:*WritingThrough*",),
+    ),
+    Mutant(
+        "resend",
+        "over a new connection everything is sent that the target has not applied",
+        CORE + "migration/write_through.cpp",
+        "std::max(applied(link, rounds_applied), kept_from_)",
+        "kept_from_ + kept_.size()",
+        ("migration_tests:*WritingThrough*",),
+    ),
+    Mutant(
         "epoch",
         "a stage applies only what belongs to the live migration",
         CORE + "migration/patch_receiver.cpp",
