@@ -110,6 +110,7 @@ class SourceSession:
         self._thread: threading.Thread | None = None
         self._max_stop_ms = math.inf
         self.verified_slots = 0
+        self._doubts = 0
         # Everything written up to here lies in blocks that are live when the bulk starts, or in
         # blocks that are not; what is written later is in the log. So the log starts empty. Where
         # the targets have kept the layers, it says what they lack.
@@ -387,7 +388,7 @@ class SourceSession:
             for place, move in enumerate(self.outgoing)
             if move.sender.failed or (silent and move.sender.applied_through < through.sent_through)
         ]
-        if not lost or self.reconnects >= MOST_RECONNECTS:
+        if not lost or self._doubts > 1 or self.reconnects >= MOST_RECONNECTS:
             raise error
         for place, move in lost:
             _log.warning(
@@ -522,7 +523,7 @@ class SourceSession:
         if self._verify:
             ranges = np.concatenate([*self._sent, through.ranges])
             for move in rest:
-                move.sender.verify(ranges, timeout=self._rest())
+                self._verify_at(move, ranges)
             self.verified_slots = int(ranges[:, 1].sum())
         for move in rest:
             move.sender.finish(timeout=self._rest())
@@ -530,6 +531,14 @@ class SourceSession:
         with self._lock:
             self._shared.tail_done = True
             self._lock.notify_all()
+
+    def _verify_at(self, move: Outgoing, ranges: Ranges) -> None:
+        try:
+            move.sender.verify(ranges, timeout=self._rest())
+        except CorruptError:
+            # An answer may have been damaged on its way; twice, it is the bytes that differ.
+            self._doubts += 1
+            raise
 
     def _end(self, error: PipeliveError) -> None:
         with self._lock:
