@@ -15,7 +15,7 @@ from pathlib import Path
 from pipelive_kv.errors import PipeliveError
 from pipelive_kv.models.tiny import tiny_model
 
-from .cases import CASES, Case
+from .cases import CASES, ENDED, Case
 from .service import Service, expected_tokens
 from .trial import Outcome, Run
 
@@ -51,7 +51,12 @@ class Chaos:
         for number, (case, phase) in enumerate(ordered):
             stages = 2 + number % 2 if self._run is None else self._kind[0]
             kind = (stages, case.transport or (self._kind[1] if self._run else "shm"))
-            if self._run is None or kind != self._kind:
+            drained = self._run is not None and not all(self._run.service.engine.placement.counts)
+            if (
+                self._run is None
+                or kind != self._kind
+                or (drained and ENDED in case.outcomes[phase])
+            ):
                 self._restart(kind)
             run = self._run
             if run is None:

@@ -66,7 +66,11 @@ class Run:
         self._first = self._first or held
         self._note_used(engine.placement, held)
         old = engine.placement
+        lethal = ENDED in case.outcomes.get(phase, ())
         new = random_placement(old, dice)
+        # Nobody would miss a stage without layers.
+        while lethal and not all(new.counts):
+            new = random_placement(old, dice)
         source, target = self._a_move(old, new)
         others = [rank for rank in range(old.num_stages) if rank not in (source, target)]
         bystander = dice.choice(others) if others else None
@@ -90,7 +94,6 @@ class Run:
         error = self._end(job, case, problems)
         for undo in trial.undo:
             undo()
-        lethal = ENDED in case.outcomes.get(phase, ())
         if service.died is not None or (lethal and reached):
             died = service.await_death(DEATH_WITHIN)
             outcome = ENDED if died is not None else "hung"
