@@ -1,7 +1,8 @@
 """vLLM with and without the plugin: speed with it idle, and the gaps between tokens around moves.
 
-Engines of stock vLLM and of vLLM with the plugin take turns (``--turns`` of each), each in a
-process of its own; the plugin's move layers after their measurements::
+An engine of stock vLLM and one with the plugin stand beside each other and take turns, one run each
+(``--pairs``), so that whatever else the machine does meets both; then the second one moves layers
+while it serves::
 
     scripts/vllm_env.sh python benchmarks/vllm_serving.py --out docs/benchmarks/vllm.json
 
@@ -18,9 +19,11 @@ import datetime
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -68,32 +71,38 @@ async def generate(llm: Any, streams: int, tokens: int, number: str) -> Run:
     return run
 
 
-async def moved(llm: Any, arguments: argparse.Namespace, found: dict[str, Any]) -> list[list[int]]:
-    """One run with a move there and back; adds its figures to ``found``."""
+async def moved(llm: Any, arguments: argparse.Namespace, number: str) -> dict[str, Any]:
+    """One run with a move there and back."""
     import pipelive_kv.engines.vllm as live  # noqa: PLC0415
 
-    task = asyncio.ensure_future(generate(llm, arguments.streams, arguments.tokens, "moved"))
+    task = asyncio.ensure_future(generate(llm, arguments.streams, arguments.tokens, number))
     spans: list[tuple[float, float, float, float]] = []
+    jobs = []
     for split in (arguments.other, arguments.split):
         await asyncio.sleep(1.0)
         begin = time.monotonic()
-        job = await live.reconfigure_async(llm, split, timeout=300)
-        spans.append((begin, time.monotonic(), *_loading(begin, job)))
-        found["moves"].append({"job": job, "seconds": spans[-1][1] - begin})
+        jobs.append(await live.reconfigure_async(llm, split, timeout=300))
+        spans.append((begin, time.monotonic(), *_loading(begin, jobs[-1])))
     run = await task
     inside = lambda a, b, begin, end: a < end and b > begin  # noqa: E731
-    calm = [b - a for a, b in run.gaps() if not any(inside(a, b, *span[:2]) for span in spans)]
-    found["step_ms"].append(statistics.median(calm) * 1e3 if calm else None)
-    found["calm_gaps_ms"] += [gap * 1e3 for gap in calm]
-    for move, (begin, end, load_begin, load_end) in zip(
-        found["moves"][-len(spans) :], spans, strict=True
-    ):
-        pairs = run.gaps()
-        move["gaps_ms"] = [(b - a) * 1e3 for a, b in pairs if inside(a, b, begin, end)]
-        move["loading_gaps_ms"] = [
-            (b - a) * 1e3 for a, b in pairs if inside(a, b, load_begin, load_end)
-        ]
-    return run.tokens
+    pairs = run.gaps()
+    return {
+        "tokens": run.tokens,
+        "calm_gaps_ms": [
+            (b - a) * 1e3 for a, b in pairs if not any(inside(a, b, *span[:2]) for span in spans)
+        ],
+        "moves": [
+            {
+                "job": job,
+                "seconds": end - begin,
+                "gaps_ms": [(b - a) * 1e3 for a, b in pairs if inside(a, b, begin, end)],
+                "loading_gaps_ms": [
+                    (b - a) * 1e3 for a, b in pairs if inside(a, b, load_begin, load_end)
+                ],
+            }
+            for job, (begin, end, load_begin, load_end) in zip(jobs, spans, strict=True)
+        ],
+    }
 
 
 def _loading(begin: float, job: dict[str, Any]) -> tuple[float, float]:
@@ -103,7 +112,8 @@ def _loading(begin: float, job: dict[str, Any]) -> tuple[float, float]:
     return start, start + (phases.get("admitted", 0.0) + phases.get("staging", 0.0)) / 1e3
 
 
-async def child(arguments: argparse.Namespace) -> dict[str, Any]:
+async def child(arguments: argparse.Namespace) -> None:
+    """One engine: a run for every line on the standard input."""
     from vllm import AsyncEngineArgs  # noqa: PLC0415
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
@@ -119,71 +129,105 @@ async def child(arguments: argparse.Namespace) -> dict[str, Any]:
             additional_config={"pipelive": {}} if arguments.child == "plugin" else {},
         )
     )
-    found: dict[str, Any] = {"speeds": [], "moves": [], "step_ms": [], "calm_gaps_ms": []}
-    expected = (await generate(llm, arguments.streams, 32, "warm")).tokens
-    for number in range(arguments.repetitions):
-        run = await generate(llm, arguments.streams, arguments.tokens, f"idle{number}")
-        found["speeds"].append(run.speed)
-        expected = run.tokens
-    found["tokens"] = expected
-    if arguments.child == "plugin":
-        found["moved_tokens_same"] = await moved(llm, arguments, found) == expected
+    await generate(llm, arguments.streams, 16, "warm")
+    print(MARK + "{}", flush=True)
+    for number, wish in enumerate(iter(sys.stdin.readline, "")):
+        if wish.strip() == "move":
+            answer = await moved(llm, arguments, f"run{number}")
+        else:
+            run = await generate(llm, arguments.streams, arguments.tokens, f"run{number}")
+            gaps = [(b - a) * 1e3 for a, b in run.gaps()]
+            answer = {"tokens": run.tokens, "speed": run.speed, "calm_gaps_ms": gaps}
+        print(MARK + json.dumps(answer), flush=True)
     llm.shutdown()
-    return found
 
 
-def spawn(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """Measure one engine in a process of its own."""
-    command = [sys.executable, __file__, "--child", kind, "--model", str(arguments.model)]
-    for name in ("dtype", "streams", "tokens", "repetitions"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    for name in ("split", "other"):
-        command += [f"--{name}", *map(str, getattr(arguments, name))]
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "VLLM_PP_LAYER_PARTITION": ",".join(map(str, arguments.split)),
-        "VLLM_PLUGINS": "pipelive",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr[-4000:])
-        raise SystemExit(f"the {kind} engine ended with {done.returncode}")
-    answer: dict[str, Any] = json.loads(done.stdout.rpartition(MARK)[2].splitlines()[0])
-    print(f"{kind}: {[round(speed, 1) for speed in answer['speeds']]} tokens/s", flush=True)
-    return answer
+class Child:
+    """An engine in a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, kind: str) -> None:
+        command = [sys.executable, __file__, "--child", kind, "--model", str(arguments.model)]
+        for name in ("dtype", "streams", "tokens"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        for name in ("split", "other"):
+            command += [f"--{name}", *map(str, getattr(arguments, name))]
+        environment = os.environ | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "VLLM_PP_LAYER_PARTITION": ",".join(map(str, arguments.split)),
+            "VLLM_PLUGINS": "pipelive",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+        }
+        self.kind = kind
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if MARK in line:
+                found: dict[str, Any] = json.loads(line.partition(MARK)[2])
+                return found
+        self.log.seek(0)
+        raise SystemExit(f"the {self.kind} engine ended:\n{self.log.read()[-4000:]}")
+
+    def run(self, wish: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(wish + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def summary(stock: list[dict[str, Any]], plugin: list[dict[str, Any]]) -> dict[str, Any]:
-    speeds = {
-        name: [speed for turn in turns for speed in turn["speeds"]]
-        for name, turns in (("stock", stock), ("plugin", plugin))
-    }
-    moves = [move for turn in plugin for move in turn["moves"]]
-    step = statistics.median(gap for turn in plugin for gap in turn["calm_gaps_ms"])
-    calm = sorted(gap for turn in plugin for gap in turn["calm_gaps_ms"])
-    stops = [move["job"]["stop_ms"] for move in moves]
+def summary(idle: dict[str, list[Any]], moves: list[Any]) -> dict[str, Any]:
+    speeds = {kind: [run["speed"] for run in runs] for kind, runs in idle.items()}
+    ratios = [b / a for a, b in zip(speeds["stock"], speeds["plugin"], strict=True)]
+    calm = sorted(gap for run in moves for gap in run["calm_gaps_ms"])
+    step = statistics.median(calm)
+    expected = idle["stock"][0]["tokens"]
+    each = [move for run in moves for move in run["moves"]]
     return {
-        "tokens_per_s": {name: statistics.median(found) for name, found in speeds.items()},
+        "tokens_per_s": {kind: statistics.median(found) for kind, found in speeds.items()},
         "all_tokens_per_s": speeds,
-        "idle_share_of_stock": statistics.median(speeds["plugin"])
-        / statistics.median(speeds["stock"]),
+        "idle_share_of_stock": statistics.median(ratios),
+        "all_shares": ratios,
         "step_ms": step,
         "longest_calm_gap_in_steps": calm[-1] / step,
         "p99_calm_gap_in_steps": calm[int(len(calm) * 0.99)] / step,
-        "stop_ms": stops,
-        "move_seconds": [move["seconds"] for move in moves],
-        "mb_moved": [move["job"]["bytes_moved"] / 1e6 for move in moves],
-        "longest_gap_in_a_move_in_steps": [max(move["gaps_ms"]) / step for move in moves],
+        "stop_ms": [move["job"]["stop_ms"] for move in each],
+        "move_seconds": [move["seconds"] for move in each],
+        "mb_moved": [move["job"]["bytes_moved"] / 1e6 for move in each],
+        "longest_gap_in_a_move_in_steps": [max(move["gaps_ms"]) / step for move in each],
         "longest_gap_while_loading_in_steps": [
-            max(move["loading_gaps_ms"], default=0.0) / step for move in moves
+            max(move["loading_gaps_ms"], default=0.0) / step for move in each
         ],
-        "tokens_same_as_stock": all(turn["tokens"] == stock[0]["tokens"] for turn in plugin),
-        "tokens_same_when_moved": all(turn["moved_tokens_same"] for turn in plugin),
+        "longest_gap_in_stock_in_steps": [
+            max(run["calm_gaps_ms"]) / statistics.median(run["calm_gaps_ms"])
+            for run in idle["stock"]
+        ],
+        "tokens_same_as_stock": all(run["tokens"] == expected for run in idle["plugin"]),
+        "stock_bit_stable": all(run["tokens"] == expected for run in idle["stock"]),
+        "tokens_same_when_moved": all(run["tokens"] == expected for run in moves),
     }
 
 
@@ -193,24 +237,35 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--repetitions", type=int, default=4, help="runs of each engine")
-    parser.add_argument("--turns", type=int, default=3, help="engines of each kind")
+    parser.add_argument("--pairs", type=int, default=6, help="runs of each engine, in turns")
+    parser.add_argument("--moved", type=int, default=3, help="runs with a move each way")
     parser.add_argument("--split", type=int, nargs=2, default=[18, 12], help="layers at start")
     parser.add_argument("--other", type=int, nargs=2, default=[12, 18], help="layers to move to")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=["stock", "plugin"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(MARK + json.dumps(asyncio.run(child(arguments))), flush=True)
+        asyncio.run(child(arguments))
         return
     if arguments.model is None:
         from pipelive_kv.models.smollm import smollm2  # noqa: PLC0415
 
         arguments.model = smollm2()
-    turns = [
-        (spawn(arguments, "stock"), spawn(arguments, "plugin")) for _ in range(arguments.turns)
-    ]
-    found = summary([stock for stock, _ in turns], [plugin for _, plugin in turns])
+    engines: dict[str, Child] = {}
+    idle: dict[str, list[Any]] = {"stock": [], "plugin": []}
+    try:
+        for kind in idle:
+            engines[kind] = Child(arguments, kind)
+        for number in range(arguments.pairs):
+            for kind in sorted(idle, reverse=number % 2 == 0):  # neither is always the first
+                idle[kind].append(engines[kind].run("idle"))
+                print(f"{kind}: {idle[kind][-1]['speed']:.1f} tokens/s", flush=True)
+        engines.pop("stock").end()
+        moves = [engines["plugin"].run("move") for _ in range(arguments.moved)]
+    finally:
+        for engine in engines.values():
+            engine.end()
+    found = summary(idle, moves)
     found["command"] = " ".join(sys.argv)
     found["date"] = datetime.date.today().isoformat()
     found["cores"] = os.cpu_count()
