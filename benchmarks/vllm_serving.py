@@ -162,7 +162,7 @@ class Child:
             "DO_NOT_TRACK": "1",
         }
         self.kind = kind
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the engine
         self.process = subprocess.Popen(
             command,
             env=environment,
