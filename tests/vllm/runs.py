@@ -12,7 +12,7 @@ from typing import Any
 
 import pipelive_kv.engines.vllm as live
 
-PATIENCE_S = 240.0
+PATIENCE_S = 480.0
 """How long anything may take here: a machine under load is no failure."""
 
 

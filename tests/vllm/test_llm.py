@@ -10,7 +10,7 @@ import pipelive_kv.engines.vllm as live
 from pipelive_kv import InvalidArgumentError
 from tests.vllm.runs import prompts, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pipelive_kv import (
 )
 from tests.vllm.runs import Engine, prompts, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BLOCKS = 400  # of 32 tokens, at three layers each
 
 
@@ -60,6 +60,20 @@ def test_several_moves_in_one_request(engine):
     for split in ([1, 5], [4, 2], [2, 4]):
         engine.reconfigure(split)
     assert [stream.result() for stream in streams] == expected
+
+
+def test_a_lease_takes_the_old_split_up_again(engine):
+    wanted = prompts(3, seed=12)
+    expected = engine.unmoved(wanted, 200)
+    old = engine.status()["layers"]
+    streams = [engine.submit(prompt, 200) for prompt in wanted]
+    streams[0].await_tokens(5)
+    there = engine.reconfigure(engine.elsewhere(), lease_steps=100_000)
+    back = engine.reconfigure(old)
+    assert [stream.result() for stream in streams] == expected
+    assert engine.status()["layers"] == old
+    assert back["bytes_moved"] <= there["bytes_moved"]
+    assert engine.generate(wanted, 200) == expected
 
 
 def test_cached_blocks_that_nobody_uses_move_too(engine):

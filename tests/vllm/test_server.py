@@ -24,7 +24,7 @@ import pytest
 
 from tests.vllm.runs import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KEY = "a key"
 
 

@@ -134,13 +134,15 @@ class VllmLayers(EngineHooks):
         from vllm.model_executor.models.utils import PPMissingLayer  # noqa: PLC0415
 
         layers = placement.layers_of(self._rank())
-        gained = [layer for layer in layers if layer in self._built]
+        gained = [layer for layer in layers if layer not in self._names]
         for layer in [layer for layer in self._names if layer not in layers]:
             self._lost[layer] = self._modules[layer]
             self._modules[layer] = PPMissingLayer()
             del self._names[layer]
         for layer in gained:
-            self._modules[layer] = self._built.pop(layer)
+            # Under a lease, what was lost can come back as it is.
+            ready = self._built if layer in self._built else self._lost
+            self._modules[layer] = ready.pop(layer)
             self._names[layer] = self._attention_name(layer)
         self._inner.start_layer, self._inner.end_layer = layers[0], layers[-1] + 1
         names = [self._names[layer] for layer in layers]
