@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pipelive_kv.engines.vllm as live
+from pipelive_kv.protocol import Phase
 
 PATIENCE_S = 480.0
 """How long anything may take here: a machine under load is no failure."""
@@ -136,7 +137,7 @@ class Engine:
 
     def await_phase(self, phase: str) -> str:
         """Wait until the reconfiguration is in that phase or past it; the one it is in."""
-        order = ["planned", "admitted", "staging", "patching", "armed", "switching", "releasing"]
+        order = [found.value for found in Phase]  # in the protocol's order
         found = [""]
 
         def there() -> bool:

@@ -35,6 +35,15 @@ def engine(tiny_llama):
     found.close()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_under_way(engine):
+    yield
+    job = engine.status()["job"]
+    if job is not None and not job["final"]:
+        engine.cancel()
+        engine.ended()
+
+
 def test_tokens_are_the_same_over_ten_random_moves(engine):
     dice = random.Random(4)
     wanted = prompts(4, shared=40)
