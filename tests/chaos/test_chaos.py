@@ -14,6 +14,7 @@ from .run import Chaos
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_kind_of_fault_in_one_phase():
     seed = random.SystemRandom().randrange(1 << 32)
     print("seed", seed)
