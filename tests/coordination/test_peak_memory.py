@@ -65,11 +65,12 @@ def resident():
 
 
 class Sampler:
-    """Looks again and again in a thread of its own."""
+    """Looks again and again in a thread of its own, and when it is told to."""
 
     def __init__(self, pools):
         self._pools = pools
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self.samples = 0
         self.most_in_a_file = self.most_held = self.most_mapped = self.most_beside = 0
         self._known = set(pool_files())
@@ -78,6 +79,10 @@ class Sampler:
 
     def _run(self):
         while not self._stop.is_set():
+            self.look()
+
+    def look(self):
+        with self._lock:
             self.samples += 1
             self.most_in_a_file = max(self.most_in_a_file, *pool_files().values())
             devices, total = resident()
@@ -124,7 +129,11 @@ def test_never_above_the_budget(pipeline):
         for counts in ([1, 7], [7, 1], [4, 4]):
             target = pk.Placement.from_counts(counts)
             job = p.coordinator.reconfigure(
-                target, timeout=60, options=pk.MigrationOptions(max_stop_ms=1000)
+                target,
+                timeout=60,
+                options=pk.MigrationOptions(max_stop_ms=1000),
+                # However few looks a busy machine leaves the thread: one in every phase.
+                on_phase=lambda _: sampler.look(),
             )
             p.run_until(job)
             reports.append(job.wait(timeout=1))
