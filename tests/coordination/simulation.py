@@ -216,6 +216,8 @@ class Pipeline:
         self.settings = {"max_blocks": max_blocks, "budget": budget, "transport": transport}
         self.endpoint = endpoint
         self.sequences: list[Sequence] = []
+        self.most_live = max_blocks
+        """Blocks that the steps may hold; the pace of the machine decides how many they come to."""
         self.next_token = 1
         self.flying = 0
         if self.coordinator is not None and not remote:
@@ -293,7 +295,7 @@ class Pipeline:
             count = self.random.choice([1, 1, 1, 3, 7])
             position = len(sequence.tokens)
             needed = -(-(position + count) // BLOCK_SIZE) - len(sequence.blocks)
-            if needed > self.allocator.num_free:
+            if needed > 0 and needed > self._free():
                 continue
             sequence.blocks += self.allocator.allocate(needed) if needed > 0 else []
             reads += [(sequence.slot(i), token) for i, token in enumerate(sequence.tokens)]
@@ -301,6 +303,9 @@ class Pipeline:
                 sequence.tokens.append(self.next_token)
                 writes.append((sequence.slot(index), self.next_token))
                 self.next_token += 1
+
+    def _free(self):
+        return min(self.allocator.num_free, self.most_live - len(self.allocator.live()))
 
     def _take_result(self):
         message = self.results.get(timeout=60)

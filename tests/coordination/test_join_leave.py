@@ -94,6 +94,7 @@ def _take_the_place(address, **more):
 
 def test_it_takes_part_in_a_shrink(tmp_path):
     p = Pipeline([4, 2], tmp_path / "record", budget=4 * 5 * 4096, seed=3)
+    p.most_live = 20
     try:
         p.run(20)
         _move(p, [1, 5])

@@ -87,6 +87,7 @@ def test_a_wish_before_the_lease_is_armed_is_not_lost(pipeline):
 def test_a_lease_ends_with_its_steps(pipeline):
     # 40 blocks take 5 pages a layer: the 6 layers of stage 1's union have room for fewer.
     p = pipeline([3, 3, 0], budget=20 * 4096)
+    p.most_live = 16
     there = move(p, [0, 3, 3], lease_steps=30)
     report = there.wait(timeout=1)
     assert report.capacity_during == report.capacity_after < report.capacity_before

@@ -15,6 +15,7 @@ def pipeline(tmp_path):
     """Four layers with all blocks fit on a stage; the move would need eight on the second one."""
     made = Pipeline(OLD.counts, tmp_path / "record", budget=BUDGET, seed=7)
     made.held = made.allocator.allocate(26)
+    made.most_live = 30
     made.run(10)
     made.drain()
     yield made

@@ -52,6 +52,15 @@ class Outgoing:
         """The kind of the connection."""
         return self.sender.channel.kind
 
+    def is_lost(self, expected: int | None) -> bool:
+        """Whether the connection has failed, or its target has not applied step ``expected``."""
+        try:
+            return self.sender.failed or (
+                expected is not None and self.sender.applied_through < expected
+            )
+        except PipeliveError:  # it had failed, and nobody had looked since
+            return True
+
     def reconnect(self, check: Callable[[], None]) -> tuple[PatchSender, int]:
         """Make the connection again after it was lost, trying for a while.
 

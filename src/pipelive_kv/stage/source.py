@@ -382,12 +382,8 @@ class SourceSession:
     def _reconnect(self, through: WriteThrough, error: PipeliveError) -> None:
         """Make anew what is lost; raises ``error`` before the vote, or where nothing is lost."""
         self._check_promised(error)
-        silent = isinstance(error, DeadlineError)
-        lost = [
-            (place, move)
-            for place, move in enumerate(self.outgoing)
-            if move.sender.failed or (silent and move.sender.applied_through < through.sent_through)
-        ]
+        expected = through.sent_through if isinstance(error, DeadlineError) else None
+        lost = [(place, move) for place, move in enumerate(self.outgoing) if move.is_lost(expected)]
         if not lost or self._doubts > 1 or self.reconnects >= MOST_RECONNECTS:
             raise error
         for place, move in lost:
