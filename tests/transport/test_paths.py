@@ -199,6 +199,18 @@ def test_what_is_no_frame_is_refused(data):
             paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
 
 
+def test_staging_that_could_be_cut_short_is_refused():
+    own, peer = socket.socketpair()
+    file = os.memfd_create("staging", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, 8192)
+    host = Abilities("p2p", "cpu", "", True)
+    with own, peer:
+        socket.send_fds(peer, [frame(SHAPE)], [file])
+        with pytest.raises(ProtocolError, match="cut short"):
+            paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
+    os.close(file)
+
+
 def test_more_descriptors_than_anybody_needs_are_refused_and_closed():
     own, peer = socket.socketpair()
     before = len(os.listdir("/proc/self/fd"))

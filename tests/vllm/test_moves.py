@@ -20,6 +20,7 @@ from tests.vllm.runs import Engine, prompts, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BLOCKS = 400  # of 32 tokens, at three layers each
+PHASES = ["planned", "admitted", "staging", "patching", "write_through", "armed"]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_cached_blocks_that_nobody_uses_move_too(engine):
     assert engine.status()["blocks"]["live"] <= before + 1  # what was cached was found again
 
 
-@pytest.mark.parametrize("phase", ["planned", "admitted", "staging", "patching", "armed"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_requests_that_arrive_in_a_phase(engine, phase):
     """A short one and one that is prefilled in chunks; then two batches are in flight."""
     base, late = prompts(3, seed=9), [*prompts(1, seed=50), *prompts(1, seed=60, length=400)]
@@ -107,7 +108,7 @@ def test_requests_that_arrive_in_a_phase(engine, phase):
     engine.await_phase(phase)
     added = [engine.submit(prompt, 60) for prompt in late]
     added[1].await_tokens(1)
-    if phase in ("patching", "armed"):
+    if PHASES.index(phase) >= PHASES.index("patching"):
         engine.await_phase("armed")
     engine.proceed()
     after = engine.ended()
@@ -116,7 +117,7 @@ def test_requests_that_arrive_in_a_phase(engine, phase):
     assert [s.result() for s in added] == expected[1]
 
 
-@pytest.mark.parametrize("phase", ["planned", "admitted", "staging", "patching", "armed"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_move_cancelled_in_a_phase_leaves_everything_as_it_was(engine, phase):
     wanted = prompts(3, seed=20)
     expected = engine.unmoved(wanted, 80)
@@ -210,6 +211,14 @@ def test_memory_is_given_back(engine):
     for split in ([5, 1], [1, 5], [3, 3]):
         engine.reconfigure(split)
         assert [n for n, _ in engine.on_workers(_weights_alive)] == split
+        physical = engine.on_workers(_kv_memory)
+        for held, (mapped, behind) in zip(engine.memory(), physical, strict=True):
+            assert 0 < mapped <= held["kv_bytes"]
+            assert behind <= held["kv_held_bytes"]
+            assert behind + held["weight_bytes"] <= held["budget_bytes"]
+        # What one rank has given away is no longer behind its pool.
+        if split != [3, 3]:
+            assert physical[split.index(1)][1] < physical[split.index(5)][1]
     names = ("layers", "capacity", "kv_bytes", "kv_held_bytes", "weight_bytes")
     after = engine.memory()
     assert [[m[n] for n in names] for m in after] == [[m[n] for n in names] for m in before]
@@ -244,6 +253,29 @@ def _preemptions() -> float:
 def _zero_kv(worker):
     for view in worker.model_runner.kv_caches:
         view[: worker.model_runner.pipelive.pool.capacity].zero_()
+
+
+def _kv_memory(worker):
+    """Resident bytes of the pool's mappings by smaps, and the physical memory behind them."""
+    import os
+    import re
+
+    name, mapped, inside = "/memfd:pipelive_kv", 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                inside = name in line
+            elif inside and line.startswith("Rss:"):
+                mapped += int(line.split()[1]) << 10
+    behind = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{number}").startswith(name):
+                status = os.fstat(int(number))
+                behind[status.st_ino] = status.st_blocks * 512
+        except OSError:
+            continue
+    return mapped, sum(behind.values())
 
 
 def _weights_alive(worker):

@@ -439,6 +439,11 @@ std::unique_ptr<ImportedPages> HostDevice::import_run(std::span<const ExportedPa
     }
     struct stat status{};
     if (::fstat(part.fd.get(), &status) != 0) throw_errno("fstat of exported pages", errno);
+    // Who shares the file could cut it short, and reading what is mapped would end this process.
+    const int seals = ::fcntl(part.fd.get(), F_GET_SEALS);
+    if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+      fail("import_pages: the file is not sealed against being cut short, as exported pages are");
+    }
     const auto size = static_cast<std::uint64_t>(status.st_size);
     if (part.offset > size || part.bytes > size - part.offset) {
       fail("import_pages: " + bytes_text(part.bytes) + " at offset " + std::to_string(part.offset) +

@@ -110,12 +110,15 @@ class WorkerState:
         stamp = getattr(scheduler_output, STAMP, None)
         if stage is None or stamp is None:
             raise ProtocolError("a step without a stamp reached a worker that moves layers")
+        if scheduler_output.kv_cache_block_copies:
+            # It would copy before a gained layer's KV has come, by the number of blocks at start.
+            raise ProtocolError(
+                f"step {stamp.seq} copies KV blocks, which vLLM does with several KV cache groups "
+                "only, and those are not supported"
+            )
         if stamp.moves:
             self._remap(dict(stamp.moves))
         step = stage.begin(stamp)
-        copies = scheduler_output.kv_cache_block_copies
-        if copies:
-            step.record_blocks([copy.dst_block_id for copy in copies])
         self._step = step
         try:
             result = forward()
