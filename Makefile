@@ -42,7 +42,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan fuzz cuda chaos soak mutants wheel-check clean
+.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan asan-py tsan-py fuzz cuda chaos soak mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -112,6 +112,14 @@ asan: setup  ## Run the C++ tests under address and undefined-behaviour sanitize
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=OFF -DPIPELIVE_SANITIZE=address,undefined
 	@$(COMPILE) build/asan -j $(JOBS)
 	@UBSAN_OPTIONS=print_stacktrace=1 $(CTEST) --test-dir build/asan
+
+# What Python calls, under the same sanitizers: the binding and the threads behind it.
+PY_SANITIZED ?= tests/memory tests/kv tests/tracker tests/blocks tests/migration tests/transport tests/slots tests/security
+asan-py: setup  ## Run Python tests with the extension under address and undefined-behaviour sanitizers
+	@scripts/sanitized_python.sh address,undefined build/asan-py $(PY_SANITIZED)
+
+tsan-py: setup  ## Run Python tests with the extension under ThreadSanitizer
+	@scripts/sanitized_python.sh thread build/tsan-py $(PY_SANITIZED)
 
 fuzz: setup  ## Run the libFuzzer targets, FUZZ_SECONDS=60 each (needs clang; build/fuzz)
 	@command -v clang++ >/dev/null || { echo "fuzz: clang++ is missing; install clang and its runtime \

@@ -87,6 +87,14 @@ MUTANTS = (
         ("migration_tests:*WritingThrough*",),
     ),
     Mutant(
+        "lost-unnoticed",
+        "a connection that was lost while nobody looked is made again as well",
+        PYTHON + "stage/outgoing.py",
+        "  # it had failed, and nobody had looked since\n            return True",
+        "\n            raise",
+        ("tests/chaos/test_lost_connections.py",),
+    ),
+    Mutant(
         "epoch",
         "a stage applies only what belongs to the live migration",
         CORE + "migration/patch_receiver.cpp",

@@ -9,8 +9,9 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
+# Long requests and two moves: a switchover at a prompt's step leaves no sample of its kind.
 TINY = {
-    "stop_time": "--model tiny --moves 1 --warm 1 --batch 2 --baseline 12 --tokens 32 --settle 2",
+    "stop_time": "--model tiny --moves 2 --warm 1 --batch 2 --baseline 12 --tokens 256 --settle 2",
     "synthetic_move": "--mib 2 --moves 1 --sequences 4 --baseline 8 --step-ms 2 --transports shm",
     "patch_bandwidth": "--mib 4 --rounds 2 --transports shm tcp",
     "tpot_cost": "--model tiny --caps 100 --repetitions 1 --steps 6 --settle 2 --batch 2"

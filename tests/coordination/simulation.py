@@ -69,6 +69,34 @@ class Hooks(pk.EngineHooks):
         self.log.append(("retire", tuple(layers)))
 
 
+class WeightsElsewhere:
+    """Weights in memory of the engine's own, as a LayerWeights; notes the pool when they load."""
+
+    in_pool = False
+    BYTES = 8192
+
+    def __init__(self, pages, layers):
+        self._pages = pages
+        self._held = set(layers)
+        self.at_load = []
+
+    @property
+    def layers(self):
+        return tuple(sorted(self._held))
+
+    def layer_bytes(self, layer):
+        return self.BYTES
+
+    def add(self, layer):
+        self._held.add(layer)
+
+    def load(self, layer):
+        self.at_load.append(self._pages.stats())
+
+    def drop(self, layer):
+        self._held.discard(layer)
+
+
 class StageWorker:
     """One stage and the thread that runs its steps."""
 
@@ -87,10 +115,15 @@ class StageWorker:
         page_bytes=4096,
         weights=None,
     ):
-        """``weights``, a WeightSource, brings layers' weights into the pool of pages."""
+        """``weights``, a WeightSource, brings layers' weights into the pool of pages.
+
+        With "elsewhere" they are :class:`WeightsElsewhere`.
+        """
         pages = pk.PagePool(budget, page_bytes=page_bytes)
         self.weights = None
-        if weights is not None:
+        if weights == "elsewhere":
+            self.weights = WeightsElsewhere(pages, placement.layers_of(rank))
+        elif weights is not None:
             self.weights = pk.WeightArena(pages, weights, placement.num_layers)
             for layer in placement.layers_of(rank):
                 self.weights.add(layer)

@@ -200,6 +200,23 @@ def test_shrinks_to_the_budget_and_grows_again(pipeline):
     assert p.allocator.capacity == 40
 
 
+def test_weights_elsewhere_come_when_the_shrink_has_given_its_pages_back(pipeline):
+    """Or the memory of both would be above the budget, which nobody could reuse pages to avoid."""
+    budget = 4 * 5 * 4096 + 4 * 8192
+    p = pipeline([4, 2], budget=budget, capacity=40, max_blocks=40, weights="elsewhere")
+    p.most_live = 15
+    p.run(30)
+    for counts in ([1, 5], [4, 2], [5, 1], [3, 3]):
+        _reconfigure(p, counts)
+        for worker in p.workers:
+            weights = worker.weights
+            assert weights.layers == tuple(worker.pool.layers)
+            assert worker.pool.page_pool.held_bytes <= budget - weights.BYTES * len(weights.layers)
+    seen = [stats for worker in p.workers for stats in worker.weights.at_load]
+    assert len(seen) >= 9
+    assert all(stats.held_bytes == stats.used_bytes for stats in seen)
+
+
 def test_refused_where_the_live_blocks_do_not_fit(pipeline):
     p = pipeline([4, 2], budget=4 * 5 * 4096, capacity=40, max_blocks=40)
     held = p.allocator.allocate(38)

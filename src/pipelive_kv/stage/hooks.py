@@ -9,7 +9,12 @@ from pipelive_kv.placement import Placement
 
 
 class LayerWeights(Protocol):
-    """The weights of the layers that a stage holds; :class:`pipelive_kv.WeightArena` is one."""
+    """The weights of the layers that a stage holds; :class:`pipelive_kv.WeightArena` is one.
+
+    One whose weights lie elsewhere than in the pages of the KV's pool says so by an attribute
+    ``in_pool`` that is False: they count in the pool's budget, and pages that the KV sets free go
+    back to the system before other weights come, since nothing could reuse them.
+    """
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -35,6 +40,11 @@ class LayerWeights(Protocol):
 
     def drop(self, layer: int) -> None:
         """Give the memory of the weights of ``layer`` back."""
+
+
+def in_pool(weights: LayerWeights | None) -> bool:
+    """Whether the weights lie in the pages of the KV's pool; see :class:`LayerWeights`."""
+    return bool(getattr(weights, "in_pool", True))
 
 
 class EngineHooks:

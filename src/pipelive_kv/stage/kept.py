@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelive_kv.kv import KVPool
-from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.hooks import EngineHooks, LayerWeights, in_pool
 
 
 class KeptLayers:
@@ -43,3 +43,5 @@ class KeptLayers:
         if self._weights is not None:
             for layer in layers:
                 self._weights.drop(layer)
+        if not in_pool(self._weights):
+            self._pool.page_pool.trim()

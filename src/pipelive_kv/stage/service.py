@@ -40,6 +40,7 @@ from pipelive_kv.messages import (
 )
 from pipelive_kv.migration import PatchReceiver, PatchSender
 from pipelive_kv.placement import Placement, whole_stacks
+from pipelive_kv.stage.hooks import in_pool
 from pipelive_kv.stage.incoming import Incoming
 from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.stage.session import StageSession
@@ -230,7 +231,7 @@ class StageService:
     def _own_bytes(self, layers: tuple[int, ...]) -> int:
         pool = self._stage.pool
         # Weights that do not lie in the pool's pages are in the budget, but not in what is used.
-        inside = getattr(self._stage.weights, "in_pool", True)
+        inside = in_pool(self._stage.weights)
         weights = sum(self._layer_bytes(layer) for layer in layers) if inside else 0
         return weights + (pool.bytes_needed(layers, pool.capacity) if layers else 0)
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelive_kv.kv import KVPool
-from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
+from pipelive_kv.stage.hooks import EngineHooks, LayerWeights, in_pool
 from pipelive_kv.stage.incoming import Incoming
 
 
@@ -58,6 +58,7 @@ class TargetSession:
             if self.layers:
                 self._pool.add_layers(self.layers)
                 self._kv_added = True
+            self._trim()
         except BaseException:
             self.discard()
             raise
@@ -135,3 +136,8 @@ class TargetSession:
             self._pool.drop_layers(self.layers)
         while self._weights_added and self._weights is not None:
             self._weights.drop(self._weights_added.pop())
+        self._trim()
+
+    def _trim(self) -> None:
+        if not in_pool(self._weights):
+            self._pool.page_pool.trim()
