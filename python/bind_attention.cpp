@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -11,6 +12,8 @@
 #include "pipelive/base/error.hpp"
 #include "pipelive/cuda/attention.hpp"
 #include "pipelive/cuda/nvrtc.hpp"
+#include "pipelive/cuda/slot_copier.hpp"
+#include "pipelive/cuda/slot_kernels.hpp"
 #include "stream_arg.hpp"
 #include "tensor_view.hpp"
 
@@ -94,7 +97,7 @@ struct KVArgument {
     view.token_stride = tensor->stride(3);
   }
 
-  [[nodiscard]] cuda::Kernels& kernels() const {
+  [[nodiscard]] std::shared_ptr<cuda::Kernels> kernels() const {
     return cuda::Kernels::of(layer ? cuda_context(*layer) : cuda_context(nullptr, *place));
   }
 };
@@ -248,8 +251,8 @@ std::optional<Residency::Use> use_in(const std::optional<LayerView>& layer, Stre
 
 void attend_on_gpu(const Borrowed& borrowed, py::handle stream, py::handle allocate) {
   const Stream queue = stream_of(stream);
-  cuda::Kernels& kernels = borrowed.kv.kernels();
-  const std::size_t bytes = cuda::plan_attention(borrowed.args, kernels.limits()).workspace_bytes;
+  const auto kernels = borrowed.kv.kernels();
+  const std::size_t bytes = cuda::plan_attention(borrowed.args, kernels->limits()).workspace_bytes;
   std::optional<TensorView> workspace;
   if (bytes > 0) {
     const py::object memory = allocate(bytes);
@@ -260,7 +263,7 @@ void attend_on_gpu(const Borrowed& borrowed, py::handle stream, py::handle alloc
   }
   const py::gil_scoped_release released;
   const auto use = use_in(borrowed.kv.layer, queue);
-  cuda::paged_attention(kernels, borrowed.args, workspace ? workspace->data() : nullptr,
+  cuda::paged_attention(*kernels, borrowed.args, workspace ? workspace->data() : nullptr,
                         workspace ? workspace->num_bytes() : 0,
                         static_cast<cuda::StreamHandle>(queue.handle));
 }
@@ -324,9 +327,9 @@ void check_tables(py::handle query, py::handle kv, py::handle block_tables, py::
   const std::int64_t blocks = resident ? *resident
                               : layer  ? static_cast<std::int64_t>(layer->resident_blocks())
                                        : borrowed.args.kv.num_blocks;
-  cuda::Kernels& kernels = borrowed.kv.kernels();
+  const auto kernels = borrowed.kv.kernels();
   const py::gil_scoped_release released;
-  cuda::check_tables(kernels, borrowed.args, blocks, counts.data_as<std::uint64_t>(),
+  cuda::check_tables(*kernels, borrowed.args, blocks, counts.data_as<std::uint64_t>(),
                      static_cast<cuda::StreamHandle>(queue.handle));
 }
 
@@ -355,7 +358,15 @@ void bind_attention(py::module_& m) {
         py::arg("block_tables"), py::arg("seq_lens"), py::arg("query_start"), py::arg("window"),
         py::arg("block_map"), py::arg("resident"), py::arg("report"), py::arg("stream"));
   m.def("set_nvrtc_libraries", &cuda::set_nvrtc_libraries, py::arg("libraries"));
-  m.def("cuda_forget_kernels", &cuda::Kernels::forget);
+  // For tests, which take a driver down.
+  m.def(
+      "cuda_forget_kernels",
+      [] {
+        cuda::CudaSlotCopier::forget();
+        cuda::SlotKernels::forget();
+        cuda::Kernels::forget();
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("attention_isas", &isa_names);
 }
 

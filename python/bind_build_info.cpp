@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "pipelive/attention/isa.hpp"
 #include "pipelive/cuda/driver.hpp"
 #include "pipelive/cuda/fatbin.hpp"
+#include "pipelive/cuda/nvrtc.hpp"
 #include "pipelive/cuda/scale.hpp"
 
 namespace py = pybind11;
@@ -98,8 +100,10 @@ py::array_t<float> cuda_scale(
   std::copy_n(values.data(), count, data);
   {
     const py::gil_scoped_release release;
-    cuda::scale(cuda::Driver::open(library), device, cuda::fatbin("scale").bytes, {data, count},
-                factor);
+    const auto driver = cuda::Driver::open(library);
+    const cuda::Kernels kernels(std::make_shared<const cuda::PrimaryContext>(driver, device));
+    const auto image = cuda::kernel_image({"scale", {}}, kernels.limits());
+    cuda::scale(driver, device, image, {data, count}, factor);
   }
   return result;
 }

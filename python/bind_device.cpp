@@ -49,6 +49,7 @@ py::dict to_dict(const cuda::DeviceReport& device) {
   result["rdma"] = device.rdma;
   result["peers"] = device.peers;
   result["problem"] = device.problem;
+  result["kernel_problem"] = device.kernel_problem;
   return result;
 }
 

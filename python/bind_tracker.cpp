@@ -135,14 +135,6 @@ void bind_device_marks(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_slots", &cuda::DeviceMarks::num_slots)
       .def_property_readonly("memory_bytes", &cuda::DeviceMarks::memory_bytes);
-  // For tests, which take a driver down.
-  m.def(
-      "cuda_forget_slots",
-      [] {
-        cuda::CudaSlotCopier::forget();
-        cuda::SlotKernels::forget();
-      },
-      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_dirty_tracker(py::module_& m) {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 
 ROOT = Path(__file__).resolve().parents[1]
 POISON = 0xA5
@@ -21,6 +21,34 @@ def fake_driver_path() -> Path:
     if not built:
         pytest.skip("the fake CUDA driver is not built (cmake -DPIPELIVE_BUILD_TESTS=ON)")
     return built[-1]
+
+
+class FakeNvrtc:
+    """A fresh stand-in for NVRTC, which compiles for every GPU and is the one that is asked.
+
+    What it makes is kept in ``$XDG_CACHE_HOME`` as anything else that is compiled: a test sets that
+    to a folder of its own.
+    """
+
+    def __init__(self) -> None:
+        self.path = str(fake_driver_path().with_name("libpipelive_fake_nvrtc.so"))
+        self.library = ctypes.CDLL(self.path)
+        self.library.fake_nvrtc_compiled.restype = ctypes.c_char_p
+        self.library.fake_nvrtc_reset()
+        # Of the oldest CUDA, so that no driver is too old for it.
+        self.library.fake_nvrtc_version(1, 0)
+        cuda_arrays.offer_compilers()  # before ours: this is done once
+        _core.set_nvrtc_libraries([self.path])
+
+    @property
+    def compiled(self) -> list[str]:
+        """The names of the files that were compiled."""
+        lines: str = self.library.fake_nvrtc_compiled().decode()
+        return [line.split()[0] for line in lines.splitlines()]
+
+    def close(self) -> None:
+        """Let the process look for the real ones again."""
+        _core.set_nvrtc_libraries(cuda_arrays.nvrtc_libraries())
 
 
 class FakeCuda:

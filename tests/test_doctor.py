@@ -10,8 +10,8 @@ import pytest
 
 from pipelive_kv import transport
 from pipelive_kv.cli import main
-from pipelive_kv.doctor import examine, runs_on
-from tests.cuda_fake import FakeCuda
+from pipelive_kv.doctor import examine
+from tests.cuda_fake import FakeCuda, FakeNvrtc
 
 
 def test_a_machine_without_a_driver_is_healthy_on_the_cpu() -> None:
@@ -51,23 +51,21 @@ def test_a_device_that_cannot_be_used_is_no_reason_to_fail() -> None:
     assert "cuDevicePrimaryCtxRetain" in examine(driver_library=fake.path).gpus[0].problem
 
 
-@pytest.mark.parametrize(
-    ("archs", "capability", "expected"),
-    [
-        (("sm_90",), (9, 0), True),
-        (("sm_80",), (8, 6), True),
-        (("sm_86",), (8, 0), False),
-        (("sm_80",), (9, 0), False),
-        (("sm_80", "compute_80"), (9, 0), True),
-        (("sm_100", "compute_100"), (12, 0), True),
-        (("sm_100", "compute_100"), (9, 0), False),
-        ((), (9, 0), False),
-    ],
-)
-def test_what_kernels_run_on(
-    archs: tuple[str, ...], capability: tuple[int, int], expected: bool
-) -> None:
-    assert runs_on(archs, capability) == expected
+def test_kernels_are_missing_only_where_nvrtc_is_too() -> None:
+    fake = FakeCuda()
+    fake.library.fake_driver_version(1000)  # a driver that nothing real suits
+    sentences = examine(driver_library=fake.path).missing
+    problem = next(sentence for sentence in sentences if "has no kernels" in sentence)
+    assert "cuda:0" in problem
+    assert "nvidia-cuda-nvrtc-cu12" in problem
+    nvrtc = FakeNvrtc()
+    try:
+        report = examine(driver_library=fake.path)
+        assert report.gpus[0].kernel_problem == ""
+        assert not any("kernels" in sentence for sentence in report.missing)
+        assert nvrtc.compiled == []
+    finally:
+        nvrtc.close()
 
 
 @dataclass

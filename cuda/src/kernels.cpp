@@ -32,8 +32,8 @@ DeviceLimits limits_of(const Driver& driver, DeviceOrdinal device) {
 
 struct Loaded {
   std::mutex mutex;
-  // Kernels hold their context, so that no two contexts ever have one address.
-  std::map<const PrimaryContext*, std::unique_ptr<Kernels>> by_context;
+  // By the driver's context; kernels hold it, so that its handle names no other one.
+  std::map<ContextHandle, std::shared_ptr<Kernels>> by_context;
 };
 Loaded& loaded_kernels() {
   static Loaded& loaded = *new Loaded;
@@ -57,12 +57,12 @@ Kernels::~Kernels() {
   }
 }
 
-Kernels& Kernels::of(const std::shared_ptr<const PrimaryContext>& context) {
+std::shared_ptr<Kernels> Kernels::of(const std::shared_ptr<const PrimaryContext>& context) {
   Loaded& loaded = loaded_kernels();
   const std::lock_guard lock(loaded.mutex);
-  std::unique_ptr<Kernels>& kernels = loaded.by_context[context.get()];
-  if (kernels == nullptr) kernels = std::make_unique<Kernels>(context);
-  return *kernels;
+  std::shared_ptr<Kernels>& kernels = loaded.by_context[context->handle()];
+  if (kernels == nullptr) kernels = std::make_shared<Kernels>(context);
+  return kernels;
 }
 
 void Kernels::forget() {

@@ -201,6 +201,21 @@ std::vector<std::string>& known_libraries() {
   return libraries;
 }
 
+int capability_of(const DeviceLimits& limits) {
+  return limits.major * 10 + limits.minor;
+}
+
+/// The compiler for a device whose driver takes what it makes.
+std::shared_ptr<const Nvrtc> open_for(const DeviceLimits& limits) {
+  std::vector<std::string> libraries;
+  {
+    const std::lock_guard lock(libraries_mutex);
+    libraries = known_libraries();
+  }
+  for (std::string& name : Nvrtc::default_libraries()) libraries.push_back(std::move(name));
+  return Nvrtc::open(libraries, limits.driver_version / 1000);
+}
+
 }  // namespace
 
 void set_nvrtc_libraries(std::vector<std::string> libraries) {
@@ -208,33 +223,33 @@ void set_nvrtc_libraries(std::vector<std::string> libraries) {
   known_libraries() = std::move(libraries);
 }
 
+std::string why_not_carried(const DeviceLimits& limits) {
+  if (fatbins().empty()) return "this build carries no kernels";
+  int compiler = 0;
+  const std::string_view version = fatbin_compiler();
+  std::from_chars(version.data(), version.data() + version.size(), compiler);
+  if (const int driver = limits.driver_version / 1000; compiler > driver) {
+    return "this build's kernels need a driver of CUDA " + std::to_string(compiler) +
+           ", this one is of CUDA " + std::to_string(driver);
+  }
+  if (!runs_on(fatbin_archs(), capability_of(limits))) {
+    return "this build carries no kernels for compute capability " + std::to_string(limits.major) +
+           "." + std::to_string(limits.minor);
+  }
+  return "";
+}
+
 std::vector<std::byte> kernel_image(const KernelFile& file, const DeviceLimits& limits) {
-  const int capability = limits.major * 10 + limits.minor;
-  const int driver_major = limits.driver_version / 1000;
-  std::string reason = "this build carries no kernels";
-  for (const Fatbin& entry : fatbins()) {
-    if (entry.name != file.name) continue;
-    int compiler = 0;
-    const std::string_view version = fatbin_compiler();
-    std::from_chars(version.data(), version.data() + version.size(), compiler);
-    if (compiler > driver_major) {
-      reason = "this build's kernels need a driver of CUDA " + std::to_string(compiler) +
-               ", this one is of CUDA " + std::to_string(driver_major);
-    } else if (!runs_on(fatbin_archs(), capability)) {
-      reason = "this build carries no kernels for compute capability " +
-               std::to_string(limits.major) + "." + std::to_string(limits.minor);
-    } else {
-      return {entry.bytes.begin(), entry.bytes.end()};
+  const std::string reason = why_not_carried(limits);
+  if (reason.empty()) {
+    for (const Fatbin& entry : fatbins()) {
+      if (entry.name == file.name) return {entry.bytes.begin(), entry.bytes.end()};
     }
+    throw Error(ErrorCode::device, "there are no CUDA kernels '" + file.name + "'");
   }
   try {
-    std::vector<std::string> libraries;
-    {
-      const std::lock_guard lock(libraries_mutex);
-      libraries = known_libraries();
-    }
-    for (std::string& name : Nvrtc::default_libraries()) libraries.push_back(std::move(name));
-    const auto nvrtc = Nvrtc::open(libraries, driver_major);
+    const auto nvrtc = open_for(limits);
+    const int capability = capability_of(limits);
     const KernelCache cache(KernelCache::default_folder());
     const std::string key = cache_key(file, capability, nvrtc->major(), nvrtc->minor());
     std::vector<std::byte> image = cache.find(key);
@@ -245,6 +260,17 @@ std::vector<std::byte> kernel_image(const KernelFile& file, const DeviceLimits& 
     return image;
   } catch (const Error& error) {
     throw Error(error.code(), reason + ", and " + error.what());
+  }
+}
+
+std::string kernel_problem(const DeviceLimits& limits) {
+  const std::string reason = why_not_carried(limits);
+  if (reason.empty()) return "";
+  try {
+    (void)open_for(limits)->target_for(capability_of(limits));
+    return "";
+  } catch (const Error& error) {
+    return reason + ", and " + error.what();
   }
 }
 

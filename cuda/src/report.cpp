@@ -6,6 +6,7 @@
 
 #include "pipelive/base/error.hpp"
 #include "pipelive/cuda/device.hpp"
+#include "pipelive/cuda/nvrtc.hpp"
 #include "pipelive/cuda/scope.hpp"
 
 namespace pipelive::cuda {
@@ -36,6 +37,11 @@ void describe(const Driver& driver, DeviceReport& report) {
   report.compute_minor = number(DeviceAttribute::compute_capability_minor);
   report.multiprocessors = number(DeviceAttribute::multiprocessor_count);
   report.copy_engines = number(DeviceAttribute::async_engine_count);
+  DeviceLimits limits;
+  limits.major = report.compute_major;
+  limits.minor = report.compute_minor;
+  limits.driver_version = driver.version();
+  report.kernel_problem = kernel_problem(limits);
   Uuid uuid{};
   if (api.device_get_uuid(&uuid, device) == kSuccess) report.uuid = uuid_text(uuid);
   std::array<char, 32> bus{};

@@ -65,6 +65,7 @@ void reset() {
   s.failures.clear();
   s.mistakes.clear();
   s.device_count = 1;
+  s.version = kFakeVersion;
   s.total_bytes = std::size_t{4} << 30;
   s.granularity = std::size_t{2} << 20;
   s.attributes.clear();
@@ -159,6 +160,9 @@ FAKE_EXPORT int fake_driver_held() {
 FAKE_EXPORT void fake_driver_devices(int count) {
   state().device_count = count;
 }
+FAKE_EXPORT void fake_driver_version(int version) {
+  state().version = version;
+}
 FAKE_EXPORT void fake_driver_memory(std::uint64_t bytes) {
   state().total_bytes = bytes;
 }
@@ -214,7 +218,8 @@ FAKE_EXPORT Result cuInit(unsigned /*flags*/) {
 }
 
 FAKE_EXPORT Result cuDriverGetVersion(int* version) {
-  *version = 12080;
+  const Lock lock(state().mutex);
+  *version = state().version;
   return kSuccess;
 }
 

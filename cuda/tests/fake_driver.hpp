@@ -30,6 +30,8 @@ using FakeDriverFailNth = void(const char* symbol, std::uint64_t nth, int result
 using FakeDriverHeld = int();
 /// How many devices there are; 1 after a reset.
 using FakeDriverDevices = void(int count);
+/// What cuDriverGetVersion gives; 12080 after a reset.
+using FakeDriverVersion = void(int version);
 /// Bytes of each device; 4 GiB after a reset.
 using FakeDriverMemory = void(std::uint64_t bytes);
 /// The granularity of allocations; 2 MiB after a reset.

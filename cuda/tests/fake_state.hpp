@@ -75,6 +75,8 @@ struct FakeKernel {
   FakeKernelRun* run = nullptr;
 };
 
+constexpr int kFakeVersion = 12080;
+
 struct State {
   std::recursive_mutex mutex;
   std::condition_variable_any changed;
@@ -87,6 +89,7 @@ struct State {
   std::map<std::string, Failure> failures;
   std::string mistakes;
   int device_count = 1;
+  int version = kFakeVersion;
   std::size_t total_bytes = std::size_t{4} << 30;
   std::size_t granularity = std::size_t{2} << 20;
   std::map<int, int> attributes;

@@ -9,7 +9,6 @@
 
 #include "migration/session.hpp"
 #include "pipelive/cuda/event_pool.hpp"
-#include "pipelive/cuda/fatbin.hpp"
 #include "pipelive/cuda/scope.hpp"
 #include "pipelive/cuda/stream.hpp"
 #include "pipelive/transport/checksum.hpp"
@@ -267,21 +266,6 @@ TEST_F(CudaCopier, WhateverCallFailsNothingStaysHeldAndTheNextCallWorks) {
       EXPECT_EQ(packed, expected);
     }
   }
-}
-
-TEST_F(CudaCopier, LentCopiersAreUsedAgain) {
-  if (fatbins().empty()) GTEST_SKIP() << "this build carries no kernels";
-  auto first_lent = CudaSlotCopier::lend(context);
-  const CudaSlotCopier* const address = first_lent.get();
-  const auto second_lent = CudaSlotCopier::lend(context);
-  EXPECT_NE(second_lent.get(), address);
-  first_lent.reset();
-  const std::uint64_t allocated = count("cuMemAlloc");
-  const auto again = CudaSlotCopier::lend(context);
-  EXPECT_EQ(again.get(), address);
-  EXPECT_EQ(count("cuMemAlloc"), allocated);
-  CudaSlotCopier::forget();  // those that are lent end on their own
-  SlotKernels::forget();
 }
 
 // Both kinds of memory at both ends, over a channel that carries bytes of the host.

@@ -31,8 +31,8 @@ class SlotDriverTest : public ::testing::Test {
                                                    &run_kernel);
     }
     context = std::make_shared<const PrimaryContext>(Driver::open(PIPELIVE_FAKE_DRIVER), 0);
-    kernels =
-        std::make_shared<const SlotKernels>(context, SlotKernels::Images{image_, image_, image_});
+    kernels = std::make_shared<const SlotKernels>(std::make_shared<Kernels>(
+        context, [](const KernelFile&, const DeviceLimits&) { return std::vector<std::byte>(4); }));
   }
   ~SlotDriverTest() override {
     EXPECT_STREQ(call<FakeDriverMistakes>("fake_driver_mistakes")(), "");
@@ -81,7 +81,6 @@ class SlotDriverTest : public ::testing::Test {
   }
 
   void* library_;
-  std::vector<std::byte> image_ = std::vector<std::byte>(4);
 };
 
 inline Deadline soon() {

@@ -80,6 +80,8 @@ def append(
             memory overlaps. Nothing is written.
         NotResidentError: a slot's block is not mapped. Nothing is written.
     """
+    if cuda_arrays.on_gpu(kv):
+        cuda_arrays.offer_compilers()
     _core.attention_append(
         kv,
         key,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 
 DRIVER_LIBRARY = "libcuda.so.1"
 
@@ -135,5 +135,6 @@ def cuda_scale(
         DeviceError: the driver or the kernels are missing, or a driver call failed.
         OutOfMemoryError: the device has too little memory left.
     """
+    cuda_arrays.offer_compilers()
     result: npt.NDArray[np.float32] = _core.cuda_scale(values, factor, device, driver_library)
     return result

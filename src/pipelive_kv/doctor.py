@@ -6,12 +6,11 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 from pipelive_kv.build_info import DRIVER_LIBRARY, BuildInfo, build_info
 
 __all__ = ["Gpu", "HealthReport", "examine"]
@@ -24,7 +23,8 @@ class Gpu:
     ``granularity`` is what page sizes must be multiples of. ``exportable`` and ``rdma`` were tried
     with a page: whether it can be passed to other processes, and used for GPUDirect RDMA.
     ``peers`` are the GPUs whose memory it can access directly. ``problem`` says why it cannot be
-    used, and is empty where it can.
+    used, and is empty where it can; ``kernel_problem`` why neither this build nor NVRTC has kernels
+    for it.
     """
 
     index: int
@@ -42,6 +42,7 @@ class Gpu:
     rdma: bool
     peers: tuple[int, ...]
     problem: str
+    kernel_problem: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def examine(*, driver_library: str = DRIVER_LIBRARY) -> HealthReport:
         driver_library: name or path of the driver's shared library, as for ``dlopen``.
     """
     built = build_info(driver_library=driver_library)
+    cuda_arrays.offer_compilers()
     cuda = _core.cuda_report(driver_library)
     gpus = tuple(
         Gpu(
@@ -130,7 +132,7 @@ def examine(*, driver_library: str = DRIVER_LIBRARY) -> HealthReport:
     version: int | None = cuda["driver_version"]
     missing = [
         *_missing_driver(cuda["problem"], gpus),
-        *_missing_kernels(built, version, gpus),
+        *_missing_kernels(built, gpus),
         *(sentence for gpu in gpus for sentence in _missing_of(gpu, len(gpus))),
         *_missing_symbols(cuda["missing"]),
     ]
@@ -183,42 +185,14 @@ def _missing_driver(problem: str, gpus: tuple[Gpu, ...]) -> list[str]:
     return [f"no GPU can be used: {problem}. Everything works on the CPU (device='cpu')"]
 
 
-def _missing_kernels(built: BuildInfo, driver: int | None, gpus: tuple[Gpu, ...]) -> list[str]:
-    if not built.cuda_kernels:
+def _missing_kernels(built: BuildInfo, gpus: tuple[Gpu, ...]) -> list[str]:
+    if not gpus and not built.cuda_kernels:
         return ["CUDA kernels are not in this build: it was compiled without nvcc"]
-    sentences = []
-    compiler = int(built.cuda_compiler.split(".")[0])
-    if driver is not None and driver // 1000 < compiler:
-        sentences.append(
-            f"the kernels come from CUDA {compiler}, and the driver supports only CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10}: a newer driver or another build is needed"
-        )
-    for gpu in gpus:
-        if not runs_on(built.cuda_archs, gpu.compute_capability):
-            major, minor = gpu.compute_capability
-            sentences.append(
-                f"cuda:{gpu.index} ({gpu.name}) has compute capability {major}.{minor}; "
-                f"the kernels are for {', '.join(built.cuda_archs)}"
-            )
-    return sentences
-
-
-def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Whether kernels compiled for ``archs`` run on a GPU of that compute capability.
-
-    Machine code runs on the same major version from its own minor version on, PTX on everything
-    from its version on.
-    """
-    for arch in archs:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch)
-        if match is None:
-            continue
-        built_for = (int(match[2]), int(match[3]))
-        if match[1] == "sm" and built_for[0] == capability[0] and built_for[1] <= capability[1]:
-            return True
-        if match[1] == "compute" and built_for <= capability:
-            return True
-    return False
+    return [
+        f"cuda:{gpu.index} ({gpu.name}) has no kernels: {gpu.kernel_problem}"
+        for gpu in gpus
+        if gpu.kernel_problem
+    ]
 
 
 def _missing_of(gpu: Gpu, count: int) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 from pipelive_kv.errors import InvalidArgumentError
 
 __all__ = ["Arena", "PagePool", "PagePoolStats", "Tensor", "open_device", "parse_bytes"]
@@ -71,6 +71,7 @@ def open_device(device: str | _core.Device) -> _core.Device:
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
     if match is None:
         raise InvalidArgumentError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:1'")
+    cuda_arrays.offer_compilers()
     return _core.CudaDevice(int(match[1] or 0))
 
 

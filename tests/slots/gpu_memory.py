@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tests.cuda_fake import FakeCuda
+from tests.cuda_fake import FakeCuda, FakeNvrtc
 
 from pipelive_kv import _core
 from pipelive_kv.kv import KVPool
@@ -65,11 +65,16 @@ class Gpu(ABC):
 
 
 class FakeGpu(Gpu):
-    """The stand-in: its memory is the host's."""
+    """The stand-in: its memory is the host's.
+
+    Its driver is older than CUDA 13, so that where the build's kernels come from there, NVRTC's
+    stand-in is asked; where the build has none, too.
+    """
 
     def __init__(self) -> None:
         self.cuda = FakeCuda(page_bytes=PAGE)
         self.cuda.library.fake_driver_slot_kernels()
+        self.nvrtc = FakeNvrtc()
         super().__init__(self.cuda.device())
         self._arenas: list[Arena] = []
 
@@ -96,6 +101,7 @@ class FakeGpu(Gpu):
         for arena in self._arenas:
             arena.close()
         self._arenas.clear()
+        self.nvrtc.close()
 
 
 class RealGpu(Gpu):

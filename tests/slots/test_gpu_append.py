@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import Gpu
+from gpu_memory import FakeGpu, Gpu
 
 from pipelive_kv.attention import append
 from pipelive_kv.errors import BusyError, DeadlineError, InvalidArgumentError
@@ -158,6 +158,22 @@ def test_a_tracker_without_a_device() -> None:
         DirtyTracker(100, device="cpu")
     with pytest.raises(DeadlineError):
         tracker.wait_sealed(0, 0.01)
+
+
+@pytest.mark.parametrize("gpu", ["fake"], indirect=True)
+def test_kernels_that_the_build_has_none_of_are_compiled_once(gpu: Gpu) -> None:
+    assert isinstance(gpu, FakeGpu)
+    gpu.cuda.library.fake_driver_version(1000)  # every compiler's fatbins are too new for it
+    spec = KVSpec(2, 64, "bfloat16", 8)
+    key = tokens(1, 4, spec, "bfloat16")
+    with gpu.pool(spec, num_layers=1, layers=(0,), max_blocks=8, capacity=8) as pool:
+        for first in (0, 4):
+            slots = np.arange(first, first + 4, dtype=np.int64)
+            where = gpu.put(key, "bfloat16"), gpu.put(key, "bfloat16"), gpu.put(slots, "int64")
+            append(pool.layer(0), *where, stream=gpu.stream)
+        assert gpu.nvrtc.compiled == ["slots_copy.cu", "slots_append.cu", "slots_marks.cu"]
+        written = gpu.layer(pool, 0)[0, :, 0]  # [head, token, dim] of the first block's keys
+        assert (written == np.concatenate([key, key]).transpose(1, 0, 2)).all()
 
 
 @pytest.mark.gpu

@@ -21,9 +21,6 @@ struct Fatbin {
 /// The version of the nvcc that compiled them; empty where there was none.
 [[nodiscard]] std::string_view fatbin_compiler() noexcept;
 
-/// The kernels of `name`.cu. Throws Error(device) if this build does not carry them.
-[[nodiscard]] const Fatbin& fatbin(std::string_view name);
-
 /// The text of a kernel file, or of a header that one includes, under the name it is included by.
 struct KernelSource {
   std::string_view name;

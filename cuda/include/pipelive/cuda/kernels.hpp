@@ -46,9 +46,9 @@ class Kernels {
 
   /// Those of a context, made at first use and never taken down: captured graphs go on launching
   /// them, and the driver may be gone when a process ends.
-  [[nodiscard]] static Kernels& of(const std::shared_ptr<const PrimaryContext>& context);
-  /// Takes all of them down, and lets go of their contexts; for tests that replace the driver. None
-  /// may be in use.
+  [[nodiscard]] static std::shared_ptr<Kernels> of(
+      const std::shared_ptr<const PrimaryContext>& context);
+  /// Lets go of all of them; for tests, which take the driver down.
   static void forget();
 
   [[nodiscard]] const DeviceLimits& limits() const noexcept { return limits_; }

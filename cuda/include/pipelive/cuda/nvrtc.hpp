@@ -32,6 +32,9 @@ class Nvrtc {
   /// code if the compiler knows it, else to PTX for the newest that it knows, which a driver
   /// translates. Throws Error(device) with the compiler's messages.
   [[nodiscard]] std::vector<std::byte> compile(const KernelFile& file, int capability) const;
+  /// What it would compile to for a compute capability: "sm_90" or "compute_90". Throws
+  /// Error(device) where it knows nothing so old.
+  [[nodiscard]] std::string target_for(int capability) const;
 
  private:
   struct Api;
@@ -39,7 +42,6 @@ class Nvrtc {
     void operator()(void* library) const noexcept;
   };
   Nvrtc() = default;
-  [[nodiscard]] std::string target_for(int capability) const;
   void check(int result, const char* call) const;
 
   std::unique_ptr<void, Closer> handle_;
@@ -75,11 +77,19 @@ class KernelCache {
 /// Where kernel_image looks for NVRTC, before default_libraries(); of the process. Thread-safe.
 void set_nvrtc_libraries(std::vector<std::string> libraries);
 
-/// Machine code of a file for a device: the fatbin of this build where it holds some for the device
-/// and its compiler is not newer than the driver, else compiled now, or before and kept. Throws
+/// Why the fatbins of this build do not suit a device: there are none, their compiler is newer than
+/// the driver, or they hold nothing for the device. Empty where they do.
+[[nodiscard]] std::string why_not_carried(const DeviceLimits& limits);
+
+/// Machine code of a file for a device, for every kernel of ours: the fatbin of this build where
+/// why_not_carried() has nothing to say, else compiled now, or before and kept. Throws
 /// Error(device) that says why neither is possible.
 [[nodiscard]] std::vector<std::byte> kernel_image(const KernelFile& file,
                                                   const DeviceLimits& limits);
+
+/// Why kernel_image would have nothing for a device, short of sources that do not compile; empty
+/// where it has. Compiles nothing.
+[[nodiscard]] std::string kernel_problem(const DeviceLimits& limits);
 
 /// Whether code for one of `archs` ("sm_90", "compute_100") runs on a compute capability.
 [[nodiscard]] bool runs_on(std::span<const std::string_view> archs, int capability) noexcept;

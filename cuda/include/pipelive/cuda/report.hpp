@@ -27,6 +27,7 @@ struct DeviceReport {
   bool rdma = false;                          ///< GPUDirect RDMA; tried with one page
   std::vector<int> peers;                     ///< devices whose memory it can access directly
   std::string problem;                        ///< why it cannot be used; empty where it can
+  std::string kernel_problem;  ///< why there are no kernels for it; empty where there are
 };
 
 struct SystemReport {

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <array>
+#include <cstdint>
 #include <memory>
-#include <span>
 #include <string_view>
 
 #include "pipelive/cuda/driver.hpp"
+#include "pipelive/cuda/kernels.hpp"
 
 namespace pipelive::cuda {
 
@@ -12,28 +14,23 @@ namespace pipelive::cuda {
 /// and checksum. Immutable, so that several threads may use it.
 class SlotKernels {
  public:
-  /// Fatbins of slots_append.cu, slots_copy.cu and slots_marks.cu.
-  struct Images {
-    std::span<const std::byte> append;
-    std::span<const std::byte> copy;
-    std::span<const std::byte> marks;
-  };
-
-  /// The kernels that this build carries, loaded at the first call for a context and kept: a launch
-  /// may be under way, or captured in a graph, long after its caller has gone. Throws
-  /// Error(device), also where the build carries none.
+  /// Those of a context, loaded from Kernels::of at the first call for it and kept: a launch may be
+  /// under way, or captured in a graph, long after its caller has gone. The first call may take
+  /// seconds, where NVRTC compiles. Throws Error(device) that says why there is no code for the
+  /// device.
   [[nodiscard]] static std::shared_ptr<const SlotKernels> of(
       const std::shared_ptr<const PrimaryContext>& context);
   /// Lets go of what of() has kept; for tests, which take the driver down.
   static void forget();
 
-  SlotKernels(std::shared_ptr<const PrimaryContext> context, const Images& images);
+  /// Throws Error(device).
+  explicit SlotKernels(std::shared_ptr<Kernels> kernels);
   ~SlotKernels();
   SlotKernels(const SlotKernels&) = delete;
   SlotKernels& operator=(const SlotKernels&) = delete;
 
   [[nodiscard]] const std::shared_ptr<const PrimaryContext>& context() const noexcept {
-    return context_;
+    return kernels_->context();
   }
 
   /// By what one thread moves: 16, 4 or 2 bytes.
@@ -60,12 +57,15 @@ class SlotKernels {
   }
 
  private:
-  struct Modules;
   void launch_raw(FunctionHandle kernel, std::string_view name, std::uint64_t blocks,
                   unsigned threads, StreamHandle stream, const void* args) const;
 
-  const std::shared_ptr<const PrimaryContext> context_;
-  std::unique_ptr<Modules> modules_;
+  const std::shared_ptr<Kernels> kernels_;
+  std::unique_ptr<DeviceBuffer> tables_;
+  std::array<FunctionHandle, 5> append_raw_{};  // by the logarithm of the bytes
+  std::array<FunctionHandle, 5> gather_{};
+  std::array<FunctionHandle, 5> scatter_{};
+  std::array<std::array<FunctionHandle, 2>, 2> narrow_{};  // by bfloat16, four
 };
 
 }  // namespace pipelive::cuda
