@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "device_crc.hpp"
 #include "pipelive/base/error.hpp"
-#include "pipelive/cuda/crc_math.hpp"
 #include "pipelive/cuda/event_pool.hpp"
 #include "pipelive/cuda/pinned_buffer.hpp"
 #include "pipelive/cuda/scope.hpp"
@@ -24,10 +22,6 @@ namespace {
 constexpr std::size_t kLaneUnit = std::size_t{64} << 10;
 constexpr std::size_t kMostLaneBytes = std::size_t{1} << 30;
 constexpr std::size_t kFirstTableBytes = std::size_t{1} << 20;
-constexpr u32 kLeastCrcRows = 4;
-constexpr u32 kMostCrcRows = 64;
-constexpr u32 kWantedCrcTiles = 256;  // enough to occupy any device
-constexpr u32 kMostCrcBlocks = 1024;
 
 }  // namespace
 
@@ -53,8 +47,7 @@ class CudaSlotCopier::Impl {
         lanes_.emplace_back(driver(), options.lane_bytes);
       }
       tables_ = std::make_unique<Tables>(driver(), kFirstTableBytes);
-      sums_ = std::make_unique<PinnedBuffer>(driver(), kLaneUnit);
-      device_sums_ = std::make_unique<DeviceBuffer>(driver(), kLaneUnit);
+      crc_ = std::make_unique<DeviceCrc>(kernels_);
     } catch (...) {
       drop_buffers();  // while the context is current
       throw;
@@ -228,8 +221,7 @@ class CudaSlotCopier::Impl {
   void drop_buffers() noexcept {
     lanes_.clear();
     tables_.reset();
-    sums_.reset();
-    device_sums_.reset();
+    crc_.reset();
   }
 
   static void check_size(const SlotPlan& plan, std::size_t bytes) {
@@ -405,33 +397,14 @@ class CudaSlotCopier::Impl {
     lane.busy = events_->record(stream_->handle());
   }
 
-  // CRC32C of device memory, continued from `seed`, by pieces whose sums fit the buffer.
   std::uint32_t sum(DevicePointer bytes, std::size_t size, std::uint32_t seed, Deadline deadline) {
-    constexpr std::uint64_t kMostTiles = kLaneUnit / sizeof(u32);
-    constexpr std::uint64_t kMostBytes = kMostTiles * kLeastCrcRows * kCrcRowBytes;  // 256 MiB
     while (size != 0) {
-      const std::uint64_t piece = std::min<std::uint64_t>(size, kMostBytes);
-      CrcArgs args{};
-      args.bytes = bytes;
-      args.size = piece;
-      args.tables = kernels_->crc_tables();
-      args.sums = device_sums_->pointer();
-      args.rows = static_cast<u32>(std::clamp<std::uint64_t>(piece / kCrcRowBytes / kWantedCrcTiles,
-                                                             kLeastCrcRows, kMostCrcRows));
-      const std::uint64_t tile = std::uint64_t{args.rows} * kCrcRowBytes;
-      args.tiles = static_cast<u32>((piece + tile - 1) / tile);
-      args.by_words = (bytes | piece) % 16 == 0 ? 1 : 0;
-      kernels_->launch(kernels_->crc_tiles, "pipelive_crc_tiles",
-                       std::min(args.tiles, kMostCrcBlocks), kCrcThreads, stream_->handle(), args);
-      driver().check(
-          driver().api().memcpy_to_host_async(sums_->data(), device_sums_->pointer(),
-                                              args.tiles * sizeof(u32), stream_->handle()),
-          "cuMemcpyDtoHAsync");
+      const CrcArgs piece = crc_->start(bytes, size, stream_->handle());
       note_last();
       await(last_, deadline, "summing slots");
-      seed = join_crc(args, reinterpret_cast<const u32*>(sums_->data()), seed);
-      bytes += piece;
-      size -= piece;
+      seed = crc_->join(piece, seed);
+      bytes += piece.size;
+      size -= piece.size;
     }
     return seed;
   }
@@ -442,54 +415,10 @@ class CudaSlotCopier::Impl {
   std::unique_ptr<OwnStream> stream_;
   std::vector<Lane> lanes_;
   std::unique_ptr<Tables> tables_;
-  std::unique_ptr<PinnedBuffer> sums_;
-  std::unique_ptr<DeviceBuffer> device_sums_;
+  std::unique_ptr<DeviceCrc> crc_;
   std::shared_ptr<Event> table_use_;  // behind the last use of the tables
   std::shared_ptr<Event> last_;       // behind everything that was given to the stream
 };
-
-namespace {
-
-// By the driver's context, which the copiers hold. Never destroyed, as the driver may be gone when
-// a process ends.
-struct Store {
-  static constexpr std::size_t kMost = 4;  // of one context: two sessions in either direction
-  std::mutex mutex;
-  std::map<ContextHandle, std::vector<std::unique_ptr<CudaSlotCopier>>> copiers;
-};
-Store& store() {
-  static auto& instance = *new Store;
-  return instance;
-}
-
-}  // namespace
-
-std::shared_ptr<CudaSlotCopier> CudaSlotCopier::lend(
-    const std::shared_ptr<const PrimaryContext>& context) {
-  std::unique_ptr<CudaSlotCopier> copier;
-  {
-    const std::lock_guard lock(store().mutex);
-    auto& kept = store().copiers[context->handle()];
-    kept.reserve(Store::kMost);  // so that giving back cannot fail
-    if (!kept.empty()) {
-      copier = std::move(kept.back());
-      kept.pop_back();
-    }
-  }
-  if (!copier) copier = std::make_unique<CudaSlotCopier>(context);
-  return {copier.release(), [](CudaSlotCopier* lent) {
-            std::unique_ptr<CudaSlotCopier> back(lent);
-            const std::lock_guard lock(store().mutex);
-            const auto kept = store().copiers.find(back->context().handle());
-            if (kept == store().copiers.end() || kept->second.size() == Store::kMost) return;
-            kept->second.push_back(std::move(back));
-          }};
-}
-
-void CudaSlotCopier::forget() {
-  const std::lock_guard lock(store().mutex);
-  store().copiers.clear();
-}
 
 CudaSlotCopier::CudaSlotCopier(std::shared_ptr<const PrimaryContext> context)
     : CudaSlotCopier(std::move(context), Options()) {}

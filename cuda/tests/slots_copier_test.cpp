@@ -292,7 +292,7 @@ TEST_P(MixedSession, RoundsConvergeAndDigestsAgree) {
     if (!on_gpu) return nullptr;
     return std::make_shared<CudaSlotCopier>(kernels, small());
   };
-  const auto [a, b] = pipelive::test::make_channels(pipelive::test::ChannelKind::shm);
+  const auto [a, b] = pipelive::test::make_channels(pipelive::test::ChannelKind::tcp);
   PatchReceiver::Options receiving;
   receiving.epoch = 3;
   PatchSender::Options sending;
