@@ -99,6 +99,12 @@ async def moved(llm: Any, arguments: argparse.Namespace, number: str) -> dict[st
                 "loading_gaps_ms": [
                     (b - a) * 1e3 for a, b in pairs if inside(a, b, load_begin, load_end)
                 ],
+                "longest_gap_ms_by_phase": {
+                    phase: max(
+                        ((b - a) * 1e3 for a, b in pairs if inside(a, b, *phase_span)), default=0.0
+                    )
+                    for phase, phase_span in _phases(begin, job).items()
+                },
             }
             for job, (begin, end, load_begin, load_end) in zip(jobs, spans, strict=True)
         ],
@@ -110,6 +116,15 @@ def _loading(begin: float, job: dict[str, Any]) -> tuple[float, float]:
     phases = job["phases_ms"]
     start = begin + phases.get("planned", 0.0) / 1e3
     return start, start + (phases.get("admitted", 0.0) + phases.get("staging", 0.0)) / 1e3
+
+
+def _phases(begin: float, job: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """When each phase began and ended."""
+    spans: dict[str, tuple[float, float]] = {}
+    for phase, length in job["phases_ms"].items():
+        spans[phase] = (begin, begin + length / 1e3)
+        begin += length / 1e3
+    return spans
 
 
 async def child(arguments: argparse.Namespace) -> None:
@@ -218,6 +233,10 @@ def summary(idle: dict[str, list[Any]], moves: list[Any]) -> dict[str, Any]:
         "move_seconds": [move["seconds"] for move in each],
         "mb_moved": [move["job"]["bytes_moved"] / 1e6 for move in each],
         "longest_gap_in_a_move_in_steps": [max(move["gaps_ms"]) / step for move in each],
+        "longest_gap_by_phase_in_steps": [
+            {phase: gap / step for phase, gap in move["longest_gap_ms_by_phase"].items()}
+            for move in each
+        ],
         "longest_gap_while_loading_in_steps": [
             max(move["loading_gaps_ms"], default=0.0) / step for move in each
         ],

@@ -23,7 +23,8 @@ from pipelive_kv.errors import (
     ProtocolError,
 )
 from pipelive_kv.messages import Converged, RoundRecord
-from pipelive_kv.migration import SentStep, StopPredictor, WriteThrough
+from pipelive_kv.migration import SentStep, WriteThrough
+from pipelive_kv.stage.convergence import Convergence
 from pipelive_kv.stage.limits import (
     JOIN_TIMEOUT,
     MOST_RECONNECTS,
@@ -40,13 +41,6 @@ _LOOK_AGAIN = 0.01  # seconds that a wait for the GPU may keep a cancel waiting
 _LOOK_AT_CLOCK = 1.0  # seconds between two looks at the session's deadline in write-through
 
 
-_GAIN = 0.9
-"""A round brings a gain where it lowers the predicted stop time to this part of the lowest one."""
-
-_ROUNDS_WITHOUT_GAIN = 2
-"""So many rounds without a gain in a row, and the steps write as fast as can be sent."""
-
-
 @dataclass
 class _Shared:
     """What the engine's thread, the control plane's and the patch thread share."""
@@ -58,11 +52,7 @@ class _Shared:
     """The last step that ran the old placement; its writes are the tail."""
     applied: int = -1
     stopping: bool = False
-    converged: Converged | None = None
-    predicted: Converged | None = None
-    """The last prediction."""
-    lowest_ms: float = math.inf
-    without_gain: int = 0
+    convergence: Convergence = field(default_factory=Convergence)
     wanted: bool = False
     """Write-through was asked for."""
     through: WriteThrough | None = None
@@ -105,10 +95,8 @@ class SourceSession:
         self._ends_at = ends_at
         self._lock = threading.Condition()
         self._shared = _Shared(sealed=sealed)
-        self._predictor = StopPredictor()
         self._sent: list[Ranges] = []
         self._thread: threading.Thread | None = None
-        self._max_stop_ms = math.inf
         self.verified_slots = 0
         self._doubts = 0
         # Everything written up to here lies in blocks that are live when the bulk starts, or in
@@ -132,7 +120,7 @@ class SourceSession:
         ranges = np.array(live, dtype=np.uint64).reshape(-1, 2) * np.uint64(self._block_size)
         if self._lacking is not None:
             ranges = self._lacking
-        self._max_stop_ms = max_stop_ms
+        self._shared.convergence.max_stop_ms = max_stop_ms
         self._thread = threading.Thread(
             target=self._run,
             args=(ranges, max_rounds, weights),
@@ -172,24 +160,23 @@ class SourceSession:
         write less before it is called again.
         """
 
+        found = self._shared.convergence
+
         def ready() -> bool:
-            return self._shared.converged is not None or self._is_stalled()
+            return found.reached is not None or found.is_stalled
 
         try:
             self._wait(ready, timeout, "to converge")
         except DeadlineError as error:
             if self._shared.error is not None:
                 raise
-            raise DeadlineError(f"{error}; {self._prospect()}") from None
+            raise DeadlineError(f"{error}; {found.prospect()}") from None
         with self._lock:
-            if self._shared.converged is not None:
-                return self._shared.converged
-            if self._shared.predicted is None:
-                raise CancelledError("the migration was cancelled")
             # The next rounds are compared with this one, not with one of before the throttle.
-            self._shared.without_gain = 0
-            self._shared.lowest_ms = self._shared.predicted.predicted_stop_ms
-            return msgspec.structs.replace(self._shared.predicted, stalled=True)
+            answer = found.reached or found.begin_again()
+        if answer is None:
+            raise CancelledError("the migration was cancelled")
+        return answer
 
     def write_through(self, timeout: float) -> None:
         """From now on send each step's slots as soon as it is sealed; returns once that runs.
@@ -200,18 +187,6 @@ class SourceSession:
             self._shared.wanted = True
             self._lock.notify_all()
         self._wait(lambda: self._shared.through is not None, timeout, "to write-through")
-
-    def _is_stalled(self) -> bool:
-        return self._shared.without_gain >= _ROUNDS_WITHOUT_GAIN
-
-    def _prospect(self) -> str:
-        found = self._shared.predicted
-        if found is None:
-            return "the bulk of the KV is still on its way"
-        return (
-            f"after {found.rounds} rounds the predicted stop time is "
-            f"{found.predicted_stop_ms:.1f} ms, the limit {self._max_stop_ms:g} ms"
-        )
 
     def await_tail(self, timeout: float) -> None:
         """Wait until every write of the old placement is applied at the targets."""
@@ -283,8 +258,13 @@ class SourceSession:
         before = through.sent()[:-1] if through is not None else ()
         if before:
             step = before[-1]
-            return self._predicted_of(step.bytes, step.records, step.round, step.lag_steps)
-        return self._shared.converged or Converged(0.0, 0, 0)
+            return self._shared.convergence.predict(
+                bytes=step.bytes,
+                records=step.records,
+                rounds=step.round,
+                lag_steps=step.lag_steps,
+            )
+        return self._shared.convergence.reached or Converged(0.0, 0, 0)
 
     def interrupt(self) -> None:
         """Let the patch thread end, without waiting for it. May be called twice."""
@@ -409,7 +389,7 @@ class SourceSession:
                 raise error
 
     def _record_of(self, step: SentStep) -> RoundRecord:
-        predicted = self._predictor.predict(bytes=step.bytes, records=step.records)
+        predicted = self._shared.convergence.seconds(bytes=step.bytes, records=step.records)
         return RoundRecord(
             number=step.round,
             through_seq=step.through_seq,
@@ -438,7 +418,7 @@ class SourceSession:
         if self._verify:
             self._sent.append(ranges)
         slots = int(ranges[:, 1].sum()) if len(ranges) else 0
-        self._predictor.observe(bytes=sent, records=records, seconds=busy)
+        self._shared.convergence.observe(bytes=sent, records=records, seconds=busy)
         with self._lock:
             self._shared.applied = max(self._shared.applied, through)
             self._shared.bytes_sent += sent
@@ -456,49 +436,27 @@ class SourceSession:
                 )
             )
 
-    def _predict(self, pending: int, number: int) -> Converged:
-        """What it would take to send ``pending`` slots now, in parts."""
-        rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
-        lag = max(0, self._shared.sealed - self._shared.applied)
-        return self._predicted_of(pending * rows, max(1, pending), number, lag)
-
-    def _predicted_of(self, count: int, records: int, number: int, lag: int) -> Converged:
-        """What ``count`` bytes in ``records`` records would take."""
-        fixed = 1e3 * self._predictor.predict(bytes=0, records=0)
-        with_bytes = 1e3 * self._predictor.predict(bytes=count, records=0)
-        total = 1e3 * self._predictor.predict(bytes=count, records=records)
-        return Converged(
-            predicted_stop_ms=total,
-            rounds=number,
-            lag_steps=lag,
-            fixed_ms=fixed,
-            bytes_ms=with_bytes - fixed,
-            records_ms=total - with_bytes,
-        )
-
     def _converge(
         self, pending: int, number: int, max_rounds: int, *, after_round: bool = False
     ) -> None:
+        rows = sum(len(move.layers) * move.sender.slot_bytes for move in self.outgoing)
         with self._lock:
-            shared = self._shared
-            found = self._predict(pending, number)
+            shared, convergence = self._shared, self._shared.convergence
+            found = convergence.predict(
+                bytes=pending * rows,
+                records=max(1, pending),
+                rounds=number,
+                lag_steps=max(0, shared.sealed - shared.applied),
+            )
             if after_round and shared.rounds:
                 shared.rounds[-1] = msgspec.structs.replace(
                     shared.rounds[-1], predicted_stop_ms=found.predicted_stop_ms
                 )
-            if shared.converged is not None:
-                return
-            shared.predicted = found
-            if found.predicted_stop_ms <= self._max_stop_ms:
-                shared.converged = found
-            elif after_round:
-                gained = found.predicted_stop_ms <= _GAIN * shared.lowest_ms
-                shared.without_gain = 0 if gained else shared.without_gain + 1
-                shared.lowest_ms = min(shared.lowest_ms, found.predicted_stop_ms)
-                if number >= max_rounds:
-                    raise DeadlineError(
-                        f"patching did not converge in {max_rounds} rounds: {self._prospect()}"
-                    )
+            convergence.note(found, after_round=after_round)
+            if convergence.reached is None and after_round and number >= max_rounds:
+                raise DeadlineError(
+                    f"patching did not converge in {max_rounds} rounds: {convergence.prospect()}"
+                )
             self._lock.notify_all()
 
     def _await_work(self, sent_through: int) -> None:
