@@ -285,6 +285,5 @@ def _weights_alive(worker):
 
     from vllm.model_executor.layers.attention import Attention
 
-    gc.collect()
     alive = sum(type(found) is Attention for found in gc.get_objects())
     return alive, len(worker.model_runner.pipelive.layers.layers)
