@@ -18,7 +18,7 @@ from .agent import Agent, Agents, Command, Held
 
 PROMPTS = 12
 STREAMS = 6
-OURS = ("pipelive-patch", "pipelive-apply", "pipelive-load", "chaos-relay", "chaos-accept")
+OURS = ("pipelive-patch", "pipelive-apply", "pipelive-background", "chaos-relay", "chaos-accept")
 """Threads that live for a reconfiguration and no longer."""
 
 

@@ -161,6 +161,7 @@ class World:
             pool,
             None,
             stage.hooks,
+            stage.background,
             weights_from="source",
             verify=False,
             ends_at=time.monotonic() + 600,

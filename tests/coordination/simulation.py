@@ -7,6 +7,7 @@ ones. So a lost, late, torn or misplaced write shows at the first step that read
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -70,7 +71,10 @@ class Hooks(pk.EngineHooks):
 
 
 class WeightsElsewhere:
-    """Weights in memory of the engine's own, as a LayerWeights; notes the pool when they load."""
+    """Weights in memory of the engine's own, as a LayerWeights.
+
+    Notes the pool when they load, and the niceness of the thread that does.
+    """
 
     in_pool = False
     BYTES = 8192
@@ -79,6 +83,7 @@ class WeightsElsewhere:
         self._pages = pages
         self._held = set(layers)
         self.at_load = []
+        self.niceness = []
 
     @property
     def layers(self):
@@ -92,6 +97,7 @@ class WeightsElsewhere:
 
     def load(self, layer):
         self.at_load.append(self._pages.stats())
+        self.niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     def drop(self, layer):
         self._held.discard(layer)
@@ -114,6 +120,7 @@ class StageWorker:
         joins=False,
         page_bytes=4096,
         weights=None,
+        background_nice=0,
     ):
         """``weights``, a WeightSource, brings layers' weights into the pool of pages.
 
@@ -147,6 +154,7 @@ class StageWorker:
             transport=transport,
             joins=joins,
             weights=self.weights,
+            background_nice=background_nice,
         )
         self.inbox: queue.Queue[Message | None] = queue.Queue()
         self.forward = None

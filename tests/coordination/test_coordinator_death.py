@@ -131,7 +131,12 @@ class Scene:
             for link in map(_link, Path("/proc/self/fd").iterdir())
             if link.startswith(("/memfd", "/dev/shm"))
         ]
-        sessions = ("pipelive-patch", "pipelive-apply", "pipelive-load", "pipelive-reconfigure")
+        sessions = (
+            "pipelive-patch",
+            "pipelive-apply",
+            "pipelive-background",
+            "pipelive-reconfigure",
+        )
         threads = [t.name for t in threading.enumerate() if t.name.startswith(sessions)]
         return used, sorted(shared), threads, self.pipeline.allocator.capacity
 

@@ -217,6 +217,16 @@ def test_weights_elsewhere_come_when_the_shrink_has_given_its_pages_back(pipelin
     assert all(stats.held_bytes == stats.used_bytes for stats in seen)
 
 
+def test_loading_and_mapping_are_as_nice_as_told(pipeline):
+    p = pipeline([4, 2], capacity=40, max_blocks=40, weights="elsewhere", background_nice=4)
+    p.run(10)
+    for counts in ([1, 5], [4, 2]):
+        _reconfigure(p, counts)
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    found = [niceness for worker in p.workers for niceness in worker.weights.niceness]
+    assert found == [min(19, usual + 4)] * 6
+
+
 def test_refused_where_the_live_blocks_do_not_fit(pipeline):
     p = pipeline([4, 2], budget=4 * 5 * 4096, capacity=40, max_blocks=40)
     held = p.allocator.allocate(38)
@@ -292,6 +302,6 @@ def _resident_kib():
 def _resources(p):
     used = tuple(worker.pool.page_pool.stats().used_bytes for worker in p.workers)
     # The control plane starts its few worker threads as they are needed, so they do not count.
-    sessions = ("pipelive-patch", "pipelive-apply", "pipelive-load", "pipelive-reconfigure")
+    sessions = ("pipelive-patch", "pipelive-apply", "pipelive-background", "pipelive-reconfigure")
     threads = [t.name for t in threading.enumerate() if t.name.startswith(sessions)]
     return len(os.listdir("/proc/self/fd")), tuple(sorted(threads)), used

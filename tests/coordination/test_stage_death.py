@@ -86,7 +86,7 @@ def test_it_dies_without_harm(pipeline, start, phase):
     pipeline.read_all()
     assert [w.pool.page_pool.stats().used_bytes for w in pipeline.workers] == before
     assert pipeline.allocator.capacity == 40
-    sessions = ("pipelive-patch", "pipelive-apply", "pipelive-load")
+    sessions = ("pipelive-patch", "pipelive-apply", "pipelive-background")
     assert not [t.name for t in threading.enumerate() if t.name.startswith(sessions)]
     # Without it nothing can be moved, which is said by name; with a new one it can be begun again.
     job = pipeline.coordinator.reconfigure(pk.Placement.from_counts(NEW), timeout=0.2)

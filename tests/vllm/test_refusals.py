@@ -63,7 +63,7 @@ def test_an_engine_without_the_option_is_left_alone(config, settings):
         ({"speed": 1}, "speed"),
         ({"budget_bytes": "much"}, "budget_bytes"),
         ({"max_blocks": 0}, "max_blocks is 0"),
-        ({"load_nice": 40}, "load_nice is 40"),
+        ({"background_nice": 40}, "background_nice is 40"),
         ("yes", "pipelive is 'yes'"),
     ],
 )

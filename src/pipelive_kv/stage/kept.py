@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelive_kv.kv import KVPool
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights, in_pool
 
 
@@ -15,10 +16,17 @@ class KeptLayers:
     they are, with the engine's modules still built; whatever else comes first drops them.
     """
 
-    def __init__(self, pool: KVPool, weights: LayerWeights | None, hooks: EngineHooks) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        weights: LayerWeights | None,
+        hooks: EngineHooks,
+        background: Background,
+    ) -> None:
         self._pool = pool
         self._weights = weights
         self._hooks = hooks
+        self._background = background
         self.layers: tuple[int, ...] = ()
 
     def keep(self, layers: Sequence[int]) -> None:
@@ -36,8 +44,10 @@ class KeptLayers:
 
     def give_back(self, layers: Sequence[int]) -> None:
         """Give back all that layers take which another stage runs now."""
-        if not layers:
-            return
+        if layers:
+            self._background.run(lambda: self._give_back(layers))
+
+    def _give_back(self, layers: Sequence[int]) -> None:
         self._hooks.retire(tuple(layers))
         self._pool.drop_layers(tuple(layers))
         if self._weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -113,7 +114,8 @@ class StageService:
                 with self._working(request.timeout):
                     self._stage.check("Grow")
                     if request.capacity > self._stage.pool.capacity:
-                        self._stage.pool.grow(request.capacity)
+                        grow = functools.partial(self._stage.pool.grow, request.capacity)
+                        self._stage.background.run(grow)
                 return Done()
             case _:
                 raise ProtocolError(f"a stage does not answer {type(request).__name__}")
@@ -261,6 +263,7 @@ class StageService:
             stage.pool,
             stage.weights,
             stage.hooks,
+            stage.background,
             weights_from=request.weights,
             verify=request.verify,
             ends_at=ends_at,

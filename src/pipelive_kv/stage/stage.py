@@ -22,6 +22,7 @@ from pipelive_kv.kv import KVPool
 from pipelive_kv.messages import Stamp, Switched
 from pipelive_kv.placement import Placement, whole_stacks
 from pipelive_kv.protocol import DISCARDED, STAGE, STAMP_K, Age, StageState, age_of
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights
 from pipelive_kv.stage.kept import KeptLayers
 from pipelive_kv.stage.limits import GATE_TIMEOUT, JOIN_TIMEOUT
@@ -88,6 +89,8 @@ class Stage:
             the epoch and the capacity from its first stamp.
         marks_on_device: whether steps may leave it to their appends on a GPU to mark what they
             write, see :meth:`begin`; the pool lies on a GPU then.
+        background_nice: how much nicer than the process the threads are that load weights and map
+            memory, 0 to 19 (Linux). Of use where the steps compute on the same cores.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Stage:
         gate_timeout: float = GATE_TIMEOUT,
         joins: bool = False,
         marks_on_device: bool = False,
+        background_nice: int = 0,
     ) -> None:
         if placement.num_stages != pp_size:
             raise InvalidArgumentError(
@@ -118,6 +122,8 @@ class Stage:
             raise InvalidArgumentError(
                 f"transport is {transport!r}, expected auto, shm, tcp, p2p or nccl"
             )
+        if not 0 <= background_nice <= 19:
+            raise InvalidArgumentError(f"background_nice is {background_nice}, expected 0 to 19")
         if placement.layers_of(pp_rank) != tuple(pool.layers):
             raise InvalidArgumentError(
                 f"stage {pp_rank} of placement {placement} holds layers "
@@ -137,7 +143,8 @@ class Stage:
         self.lock = threading.Condition()
         self.work = threading.Lock()
         """Held by whoever changes what the session holds, one request at a time."""
-        self.kept = KeptLayers(pool, weights, self.hooks)
+        self.background = Background(background_nice)
+        self.kept = KeptLayers(pool, weights, self.hooks, self.background)
         self._placement = placement
         self._layers = placement.layers_of(pp_rank)
         self._epoch = -1 if joins else 0

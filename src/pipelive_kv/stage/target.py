@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelive_kv.kv import KVPool
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.hooks import EngineHooks, LayerWeights, in_pool
 from pipelive_kv.stage.incoming import Incoming
 
@@ -21,6 +21,7 @@ class TargetSession:
         pool: KVPool,
         weights: LayerWeights | None,
         hooks: EngineHooks,
+        background: Background,
         *,
         weights_from: str,
         verify: bool,
@@ -35,6 +36,7 @@ class TargetSession:
         self._pool = pool
         self._weights = weights
         self._hooks = hooks
+        self._background = background
         self._verify = verify
         self._ends_at = ends_at
         self.incoming: list[Incoming] = []
@@ -56,7 +58,7 @@ class TargetSession:
                     self._weights.add(layer)
                     self._weights_added.append(layer)
             if self.layers:
-                self._pool.add_layers(self.layers)
+                self._background.run(lambda: self._pool.add_layers(self.layers))
                 self._kv_added = True
             self._trim()
         except BaseException:
@@ -82,7 +84,7 @@ class TargetSession:
             return
         if self._weights is not None and self.weights_from == "source":
             # Reading a file and copying from it overlap when two layers are under way.
-            with ThreadPoolExecutor(2, thread_name_prefix="pipelive-load") as pool:
+            with self._background.threads(2) as pool:
                 for done in [pool.submit(self._weights.load, layer) for layer in self.layers]:
                     done.result(timeout=timeout)
         elif self._weights is not None:
@@ -140,4 +142,4 @@ class TargetSession:
 
     def _trim(self) -> None:
         if not in_pool(self._weights):
-            self._pool.page_pool.trim()
+            self._background.run(self._pool.page_pool.trim)

@@ -27,8 +27,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Where decisions are recorded; default: a temporary directory."""
     transport: str = "auto"
     """How KV travels between ranks: auto, shm or tcp."""
-    load_nice: int = 10
-    """How much nicer the threads that load weights are than the ones that serve, 0 to 19."""
+    background_nice: int = 10
+    """How much nicer the threads that load weights and map memory are than those that serve."""
 
 
 def options_of(vllm_config: Any) -> Options | None:
@@ -51,9 +51,10 @@ def options_of(vllm_config: Any) -> Options | None:
             raise InvalidArgumentError(
                 f"additional_config.{KEY}.{name} is {number}, expected 1 or more"
             )
-    if not 0 <= options.load_nice <= 19:
+    if not 0 <= options.background_nice <= 19:
         raise InvalidArgumentError(
-            f"additional_config.{KEY}.load_nice is {options.load_nice}, expected 0 to 19"
+            f"additional_config.{KEY}.background_nice is {options.background_nice}, "
+            "expected 0 to 19"
         )
     return options
 

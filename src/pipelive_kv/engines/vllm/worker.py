@@ -32,7 +32,7 @@ class WorkerState:
         check_groups(kv_cache_config)
         self._runner = runner
         self._options = options
-        self.layers = VllmLayers(runner, self.kv_view, load_nice=options.load_nice)
+        self.layers = VllmLayers(runner, self.kv_view)
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         kernel_blocks = runner._kernel_block_sizes
         if kernel_blocks != [spec.block_size]:
@@ -102,6 +102,7 @@ class WorkerState:
             weights=self.layers,
             control=control,
             transport=self._options.transport,
+            background_nice=self._options.background_nice,
         )
 
     def run(self, scheduler_output: Any, forward: Callable[[], Any]) -> Any:
