@@ -247,6 +247,14 @@ MUTANTS = (
         ("tests/coordination/test_hazard_free.py",),
     ),
     Mutant(
+        "narrow",
+        "a step that tells what it touches waits for steps under way that write it",
+        PYTHON + "scheduler/in_flight.py",
+        "if written is None or not written.isdisjoint(touched):",
+        "if written is None:",
+        ("tests/coordination/test_hazard_free.py",),
+    ),
+    Mutant(
         "retired-late",
         "a step being built uses nothing that its stamp does not know to have retired",
         PYTHON + "scheduler/retired.py",

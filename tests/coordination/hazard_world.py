@@ -98,17 +98,25 @@ class Message:
     stamp: pk.Stamp
     reads: list[tuple[int, int]]
     writes: list[tuple[int, int]]
+    follows_on: bool = False
+    """Whether it touches what a step under way writes."""
 
 
 class World:
     """Everything, and the events that can happen next."""
 
-    def __init__(self, seed, old, new, *, in_flight, switch_at, requests, mutation="") -> None:
+    def __init__(
+        self, seed, old, new, *, in_flight, switch_at, requests, mutation="", narrows=False
+    ) -> None:
+        """With ``narrows``, nothing is put off or kept back; each step tells what it touches."""
         self.random = random.Random(seed)
         self.old, self.new = pk.Placement.from_counts(old), pk.Placement.from_counts(new)
         self.in_flight, self.switch_at, self.mutation = in_flight, switch_at, mutation
         self.allocator = pk.BlockAllocator(MAX_BLOCKS, MAX_BLOCKS)
-        self.scheduler = pk.Scheduler(self.old, allocator=self.allocator, defers_hazards=True)
+        self.narrows = narrows
+        self.scheduler = pk.Scheduler(
+            self.old, allocator=self.allocator, defers_hazards=not narrows
+        )
         self.size = len(old)
         self.pools = []
         self.stages: list[pk.Stage] = []
@@ -136,7 +144,7 @@ class World:
         self.to_commit = set(range(self.size))
         self.deferred: list[int] = []
         self.blocked_gates = 0
-        self.shared = 0
+        self.shared = self.followed = self.narrowed = 0
         # How often each kind of event is chosen: some orders are rare otherwise.
         self.weights = {
             kind: 10 ** self.random.uniform(-1.5, 1)
@@ -236,11 +244,25 @@ class World:
             if self.scheduler.next_seq == self.k:
                 return
         stamp = self.scheduler.stamp()
-        assert stamp.needs == self.retired  # a gate never waits for steps under way
         message = Message(stamp, [], [])
         self._build(message)
+        if self.narrows and self.random.random() < 0.9:
+            message.stamp = self._narrowed(message)
+        if not self.narrows:
+            assert stamp.needs == self.retired  # a gate never waits for steps under way
         self.inboxes[0].append(message)
         self.flying += 1
+
+    def _narrowed(self, message) -> pk.Stamp:
+        writes = {slot // BLOCK_SIZE for slot, _ in message.writes}
+        touches = writes | {slot // BLOCK_SIZE for slot, _ in message.reads}
+        if self.mutation == "narrow":
+            touches = writes = set()
+        stamp = self.scheduler.narrow(message.stamp, touches=touches, writes=writes)
+        message.follows_on = stamp.needs > self.retired
+        self.followed += message.follows_on
+        self.narrowed += self.retired <= stamp.needs < stamp.seq - 1
+        return stamp
 
     def _settle(self) -> None:
         self.scheduler._handle(Settle(EPOCH, commit=True))
@@ -272,7 +294,8 @@ class World:
                     step.gate(layer)
                     break
                 except BlockedError:
-                    self._check_blocked(rank, layer, message.stamp)
+                    if not self.narrows or (message.stamp.needs and not message.follows_on):
+                        self._check_blocked(rank, layer, message.stamp)
                     yield "blocked"
             memory = self.kv[rank][layer]
             for slot, token in message.reads:
@@ -359,7 +382,7 @@ class World:
             count = 1
         else:
             count = min(self.random.randint(1, 4), request.prompt - done)
-        if any(self.scheduler.is_hazard(seq) for seq in request.writers):
+        if not self.narrows and any(self.scheduler.is_hazard(seq) for seq in request.writers):
             self.deferred.append(message.stamp.seq)
             if self.mutation != "hazards":
                 return
@@ -377,7 +400,9 @@ class World:
 
     def _end(self, request) -> None:
         self.requests.remove(request)
-        if request.blocks:
+        if request.blocks and self.narrows:  # as an engine without a quarantine does
+            self.allocator.release(request.blocks)
+        elif request.blocks:
             self.scheduler.freed(request.blocks)
 
     def _check_end(self) -> None:

@@ -7,6 +7,8 @@ from hazard_world import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipelive_kv as pk
+
 LAYERS = 4
 
 
@@ -25,6 +27,7 @@ def worlds(draw):
         "in_flight": draw(st.integers(1, 5)),
         "switch_at": draw(st.integers(0, 12)),
         "requests": draw(st.integers(1, 8)),
+        "narrows": draw(st.booleans()),
     }
 
 
@@ -43,7 +46,7 @@ def test_every_read_finds_the_last_write_whatever_the_order(given):
     play(given)
 
 
-def cases(count):
+def cases(count, **more):
     """Down, up, both at once, and a swap over three stages; chosen for many steps in flight."""
     moves = [([3, 1], [1, 3]), ([1, 3], [3, 1]), ([2, 0, 2], [0, 4, 0]), ([0, 4, 0], [2, 0, 2])]
     for seed in range(count):
@@ -55,6 +58,7 @@ def cases(count):
             "in_flight": 2 + seed % 4,
             "switch_at": 4 + seed % 7,
             "requests": 6,
+            **more,
         }
 
 
@@ -66,7 +70,15 @@ def test_the_cases_hold_hazards_and_closed_gates():
     assert sum(world.shared > 0 for world in played) > 10
 
 
-@pytest.mark.parametrize("mutation", ["gate", "hazards", "unsealed"])
+def test_the_cases_hold_steps_that_follow_on_and_steps_that_do_not():
+    """The same for an engine that tells what its steps touch."""
+    played = [play(case) for case in cases(60, narrows=True)]
+    assert sum(world.blocked_gates > 0 for world in played) > 10
+    assert sum(world.followed > 0 for world in played) > 10
+    assert sum(world.narrowed > 0 for world in played) > 10
+
+
+@pytest.mark.parametrize("mutation", ["gate", "hazards", "unsealed", "narrow"])
 def test_a_rule_that_is_left_out_is_found_out(mutation):
     def fails(case):
         try:
@@ -75,4 +87,21 @@ def test_a_rule_that_is_left_out_is_found_out(mutation):
             return "found token" in str(error)
         return False
 
-    assert any(fails(case) for case in cases(200))
+    assert any(fails(case) for case in cases(200, narrows=mutation == "narrow"))
+
+
+def test_only_the_last_stamp_can_be_narrowed():
+    with_one = pk.Scheduler(pk.Placement.from_counts([2]), allocator=pk.BlockAllocator(4, 4))
+    first = with_one.stamp()
+    assert first.needs is None
+    assert with_one.narrow(first, touches=[1], writes=[1]).needs == -1
+    second = with_one.stamp()
+    with pytest.raises(pk.InvalidArgumentError, match=r"stamp is of step 0, expected .* 1"):
+        with_one.narrow(first, touches=[], writes=[])
+    assert with_one.narrow(second, touches=[1, 2], writes=[2]).needs == 0
+    with_one.stamp()  # of which nothing is told
+    assert with_one.narrow(with_one.stamp(), touches=[3], writes=[3]).needs == 2
+    with_one.retired(2)
+    assert with_one.narrow(with_one.stamp(), touches=[1], writes=[1]).needs == 2
+    assert with_one.narrow(with_one.stamp(), touches=[3], writes=[]).needs == 3
+    with_one.close()

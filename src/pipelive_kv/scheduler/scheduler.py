@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
+
 from pipelive_kv.control import ControlClient, ControlEndpoint
 from pipelive_kv.errors import (
     ClosedError,
@@ -44,6 +46,7 @@ from pipelive_kv.protocol import (
     event_of,
 )
 from pipelive_kv.record import Decision, DecisionRecord, FileDecisionRecord
+from pipelive_kv.scheduler.in_flight import WritesInFlight
 from pipelive_kv.scheduler.residency import Residency
 from pipelive_kv.scheduler.state import BlockOwner, State, Switch, runs_of
 
@@ -94,6 +97,7 @@ class Scheduler:
         self._placement = placement
         self._lock = threading.Condition()
         self._state = State()
+        self._writes = WritesInFlight()
         self._residency = Residency(allocator, self._state, self._lock)
         self._client = (
             ControlClient(control, "scheduler", self._handle, self._on_lost)
@@ -219,6 +223,38 @@ class Scheduler:
             state.moves = ()
             self._lock.notify_all()
             return stamp
+
+    def narrow(self, stamp: Stamp, *, touches: Iterable[int], writes: Iterable[int]) -> Stamp:
+        """The stamp of a step of which the engine tells, once it is built, what it touches.
+
+        For engines that promise nothing of what their steps follow on from. A layer that has just
+        moved then waits for retired steps, and for those under way that write a block which this
+        one touches; without it, for every step before. A step of which this is not told counts as
+        one that writes every block, so it may be left out while nothing is being reconfigured.
+
+        Args:
+            stamp: what :meth:`stamp` returned last.
+            touches: the ids of all blocks that hold KV of the step's requests.
+            writes: those among them that the step writes.
+
+        Raises:
+            InvalidArgumentError: the stamp is not the last one.
+        """
+        with self._lock:
+            if stamp.seq != self._state.next_seq - 1:
+                raise InvalidArgumentError(
+                    f"narrow: stamp is of step {stamp.seq}, expected the last one stamped, "
+                    f"{self._state.next_seq - 1}"
+                )
+            if stamp.moves:  # blocks change their names with this step
+                self._writes.forget()
+                return stamp
+            written = frozenset(writes)
+            needs = self._writes.last_met(
+                stamp.seq, self._state.retired.through, written.union(touches)
+            )
+            self._writes.note(stamp.seq, written)
+        return msgspec.structs.replace(stamp, needs=needs)
 
     def retired(self, seq: int) -> None:
         """Tell that every stage has finished the steps up to ``seq``.

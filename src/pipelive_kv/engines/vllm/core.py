@@ -35,7 +35,7 @@ class CoreState:
             self._directory = tempfile.TemporaryDirectory(prefix="pipelive-vllm-")
             record_dir = self._directory.name
         pool = core.scheduler.kv_cache_manager.block_pool
-        block_size = config.cache_config.block_size
+        self._block_size = block_size = config.cache_config.block_size
         self._blocks = VllmBlocks(
             pool, least=1 + -(-config.model_config.max_model_len // block_size)
         )
@@ -67,6 +67,9 @@ class CoreState:
         def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
             stamp = self._scheduler.stamp()
             output = schedule(*args, **kwargs)
+            if self._job is not None and not self._job.phase.is_final:
+                touches, writes = self._blocks_of(output)
+                stamp = self._scheduler.narrow(stamp, touches=touches, writes=writes)
             setattr(output, STAMP, stamp)
             return output
 
@@ -79,6 +82,20 @@ class CoreState:
         scheduler.update_from_output = retiring_update
         # An idle engine runs steps without tokens while a reconfiguration waits for one.
         scheduler.has_requests = lambda: has_requests() or self._scheduler.wants_step
+
+    def _blocks_of(self, output: Any) -> tuple[set[int], set[int]]:
+        """The ids of all blocks of a step's requests, and of those that it writes."""
+        old = output.scheduled_cached_reqs
+        done = dict(zip(old.req_ids, old.num_computed_tokens, strict=True))
+        done |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        touches: set[int] = set()
+        writes: set[int] = set()
+        for request, count in output.num_scheduled_tokens.items():
+            (ids,) = self._core.scheduler.kv_cache_manager.get_block_ids(request)
+            first, end = done[request], done[request] + count
+            touches.update(ids)
+            writes.update(ids[first // self._block_size : -(-end // self._block_size)])
+        return touches, writes
 
     def _wake(self) -> None:
         queue = getattr(self._core, "input_queue", None)
