@@ -96,6 +96,28 @@ def test_cached_blocks_that_nobody_uses_move_too(engine):
     assert engine.status()["blocks"]["live"] <= before + 1  # what was cached was found again
 
 
+def test_requests_that_leave_around_the_switchover(engine):
+    """vLLM hands their blocks out again while their last step still runs."""
+    stay, leave = prompts(3, seed=15), prompts(6, seed=16, length=100)
+    late = prompts(3, seed=17, length=200)
+    expected = engine.unmoved(stay, 200), engine.unmoved(late, 20)
+    for _ in range(2):
+        streams = [engine.submit(prompt, 200) for prompt in stay]
+        going = [engine.submit(prompt, 300) for prompt in leave]
+        for stream in (*streams, *going):
+            stream.await_tokens(5)
+        target = engine.elsewhere()
+        engine.begin(target, pause=True)
+        engine.await_phase("armed")
+        engine.proceed()
+        for stream in going:
+            stream.task.cancel()
+        added = [engine.submit(prompt, 20) for prompt in late]
+        assert engine.ended()["layers"] == target
+        assert [stream.result() for stream in streams] == expected[0]
+        assert [stream.result() for stream in added] == expected[1]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_requests_that_arrive_in_a_phase(engine, phase):
     """A short one and one that is prefilled in chunks; then two batches are in flight."""
