@@ -328,10 +328,12 @@ def _dissolve(module: Any, others: Sequence[Any]) -> None:
     Modules of vLLM refer to themselves: through their weight loaders, and by keeping their own
     methods. The collector stops all threads for as long as it takes to look at every object of
     the process, some hundred milliseconds of a vLLM worker in which no token would come. So the
-    cycles are cut instead: each part loses all that it has. Parts that ``others`` have too, such
-    as a rotary embedding, stay as they are.
+    cycles are cut instead: each part loses all that it has. Parts that ``others`` have too stay as
+    they are, and rotary embeddings, which vLLM keeps for layers to come.
     """
-    shared = {id(part) for other in others for part in other.modules()}
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT  # noqa: PLC0415
+
+    shared = {id(part) for other in (*others, *_ROPE_DICT.values()) for part in other.modules()}
     for part in [part for part in module.modules() if id(part) not in shared]:
         part.__dict__.clear()
 

@@ -1,0 +1,48 @@
+"""What becomes of a layer's module when it is forgotten."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+
+@pytest.fixture
+def no_collector():
+    """What goes has to go by itself."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_forgotten_layer_goes_at_once_and_takes_nothing_shared_along(no_collector):
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from pipelive_kv.engines.vllm.layers import _dissolve
+
+    def rope() -> torch.nn.Module:
+        with set_current_vllm_config(VllmConfig()):
+            return get_rope(32, max_position=64, is_neox_style=True)
+
+    def layer(shared: torch.nn.Module) -> torch.nn.Module:
+        made = torch.nn.Module()
+        made.rope, made.shared, made.own = rope(), shared, torch.nn.Linear(4, 4)
+        made.own.kept_method = made.own.forward  # cycles, as vLLM's layers have them
+        made.own.weight.weight_loader = made.own.forward
+        return made
+
+    shared = torch.nn.Linear(4, 4)
+    gone, other = layer(shared), layer(shared)
+    weights = weakref.ref(gone.own.weight), weakref.ref(gone.own)
+    _dissolve(gone, [other])
+    del gone
+    assert [found() for found in weights] == [None, None]
+    assert other.own(torch.ones(1, 4)).shape == (1, 4)
+    assert shared(torch.ones(1, 4)).shape == (1, 4)
+
+    _dissolve(other, [])  # the last one that has the rotary embedding; the next one gets it again
+    assert rope().cos_sin_cache.shape[0] == 64
