@@ -1,4 +1,4 @@
-"""What becomes of a layer's module when it is forgotten."""
+"""What becomes of a layer's module when it is forgotten, and how vLLM sees a layer's blocks."""
 
 from __future__ import annotations
 
@@ -46,3 +46,32 @@ def test_a_forgotten_layer_goes_at_once_and_takes_nothing_shared_along(no_collec
 
     _dissolve(other, [])  # the last one that has the rotary embedding; the next one gets it again
     assert rope().cos_sin_cache.shape[0] == 64
+
+
+@pytest.mark.parametrize("name", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+def test_a_block_is_one_piece_of_memory_in_each_layout(name):
+    import torch
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from pipelive_kv.engines.vllm.worker import as_vllm_sees
+
+    layout = KVCacheLayout[name]
+    blocks = torch.zeros(3, 2, 2, 4, 8)  # blocks, heads, keys and values, tokens, head_dim
+    view = as_vllm_sees(blocks, layout)
+    assert view.shape == (3, 2, 4, 16)
+    by_stride = sorted(range(4), key=lambda axis: -view.stride(axis))
+    assert by_stride == list(layout.layer_view_order)
+    view[1] = 1
+    assert (blocks[1] == 1).all()
+    assert (blocks[[0, 2]] == 0).all()
+
+
+def test_a_layout_that_tears_blocks_apart_is_refused():
+    import torch
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from pipelive_kv import InvalidArgumentError
+    from pipelive_kv.engines.vllm.worker import as_vllm_sees
+
+    with pytest.raises(InvalidArgumentError, match="the KV cache layout is LHBNC"):
+        as_vllm_sees(torch.zeros(3, 2, 2, 4, 8), KVCacheLayout.LHBNC)

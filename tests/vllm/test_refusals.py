@@ -52,6 +52,29 @@ def test_what_does_not_fit_is_refused(config, settings, says):
         config(**settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("cuda", {}, "where this has never run; the option untested_gpu"),
+        ("cuda", {"untested_gpu": True}, None),
+        ("rocm", {"untested_gpu": True}, "expected cpu"),
+    ],
+)
+def test_gpus_are_taken_by_those_alone_who_ask(config, monkeypatch, kind, options, says):
+    from vllm.platforms import current_platform
+
+    from pipelive_kv.engines.vllm.config import check_supported
+
+    made = config(additional_config={"pipelive": options})
+    for name in ("is_cpu", "is_cuda"):
+        monkeypatch.setattr(current_platform, name, lambda name=name: name == f"is_{kind}")
+    if says is None:
+        check_supported(made)
+    else:
+        with pytest.raises(InvalidArgumentError, match=says):
+            check_supported(made)
+
+
 @pytest.mark.parametrize("settings", [{"pipeline_parallel_size": 1}, {"enforce_eager": False}])
 def test_an_engine_without_the_option_is_left_alone(config, settings):
     config(additional_config={}, **settings)

@@ -27,6 +27,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Where decisions are recorded; default: a temporary directory."""
     transport: str = "auto"
     """How KV travels between ranks: auto, shm or tcp."""
+    untested_gpu: bool = False
+    """Let it run on GPUs, where it has never run."""
     background_nice: int = 10
     """How much nicer the threads that load weights and map memory are than those that serve."""
 
@@ -65,20 +67,25 @@ def check_supported(vllm_config: Any) -> None:
     Raises:
         InvalidArgumentError: naming every reason.
     """
-    reasons = list(_reasons(vllm_config))
+    options = options_of(vllm_config)
+    reasons = list(_reasons(vllm_config, options is not None and options.untested_gpu))
     if reasons:
         raise InvalidArgumentError(
             "pipelive_kv cannot move layers of this vLLM: " + "; ".join(reasons)
         )
 
 
-def _reasons(config: Any) -> Iterator[str]:
+def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
     from vllm.config import CompilationMode  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     parallel, model = config.parallel_config, config.model_config
-    if not current_platform.is_cpu():
-        yield f"the platform is {current_platform.device_type}, only the CPU backend is written"
+    if current_platform.is_cuda() and not untested_gpu:
+        yield (
+            "the platform is cuda, where this has never run; the option untested_gpu lets you try"
+        )
+    elif not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield f"the platform is {current_platform.device_type}, expected cpu"
     if parallel.pipeline_parallel_size < 2:
         yield f"pipeline_parallel_size is {parallel.pipeline_parallel_size}, expected 2 or more"
     for name in (

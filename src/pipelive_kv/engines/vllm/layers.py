@@ -7,7 +7,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,10 @@ class VllmLayers(EngineHooks):
                 context.pop(self._attention_name(layer), None)
         if found:
             _trim_heap()
+            if self._runner.device.type == "cuda":
+                import torch  # noqa: PLC0415
+
+                torch.cuda.empty_cache()
 
     # -- how --------------------------------------------------------------------------------------
 
@@ -206,7 +210,14 @@ class VllmLayers(EngineHooks):
         self._config.compilation_config.static_forward_context.pop(
             self._attention_name(layer), None
         )
-        with set_current_vllm_config(self._config), default_dtype(self._runner.model_config.dtype):
+        device, on_gpu = self._runner.device, self._runner.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)  # of this thread
+        with (
+            set_current_vllm_config(self._config),
+            default_dtype(self._runner.model_config.dtype),
+            torch.device(device) if on_gpu else nullcontext(),
+        ):
             module = self.factory.layer_fn(prefix=self.factory.name(layer))
         wanted = {f"{self.factory.name(layer)}.{name}" for name, _ in module.named_parameters()}
         missing = wanted - self._load_into(layer, module)
@@ -215,9 +226,9 @@ class VllmLayers(EngineHooks):
         with set_current_vllm_config(self._config), torch.no_grad():
             holder = torch.nn.Module()
             holder.layer = module
-            process_weights_after_loading(
-                holder, self._runner.model_config, torch.device(self._runner.device)
-            )
+            process_weights_after_loading(holder, self._runner.model_config, torch.device(device))
+        if on_gpu:
+            torch.cuda.synchronize(device)  # the steps compute in another stream
         module.eval()
         self._check_alike(layer, module)
         return module
@@ -228,7 +239,7 @@ class VllmLayers(EngineHooks):
 
         shadow, inner = _shadow(self._model, self._inner, self._modules, layer, module)
         tensors = {
-            spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
             for spec in self._source.layout(layer)
         }
         self._source.load(layer, tensors)

@@ -45,6 +45,7 @@ class WorkerState:
         # What vLLM's CPU attention calls [blocks, kv_heads, tokens, 2 * head_dim] keeps, for every
         # head of a block, all keys and then all values: our order "hnd". How it orders the tokens
         # in there is its own business, so blocks are copied whole.
+        # vLLM's GPU kernels see keys and values of a head side by side; the same holds there.
         kv_spec = KVSpec(
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_size,
@@ -64,21 +65,19 @@ class WorkerState:
             layers=held,
             max_blocks=max(blocks, options.max_blocks or 4 * blocks),
             capacity=blocks,
-            page_pool=PagePool(budget, page_bytes=_PAGE_BYTES),
+            page_pool=PagePool(budget, page_bytes=_PAGE_BYTES, device=str(runner.device)),
         )
+        self._layout = runner.cache_config.get_resolved_kv_cache_layout()
+        as_vllm_sees(torch_layer(self.pool, held[0]), self._layout)  # or refuse now
         self._views: dict[int, Any] = {}
         self._stage: Stage | None = None
         self._step: Step | None = None
 
     def kv_view(self, layer: int) -> Any:
         """A layer's blocks as vLLM's attention wants them; the address never changes."""
-        from torch.utils.dlpack import from_dlpack  # noqa: PLC0415
-
         view = self._views.get(layer)
         if view is None:
-            blocks = from_dlpack(self.pool.layer(layer))
-            num, heads, _, tokens, dim = blocks.shape
-            view = blocks.view(num, heads, tokens, 2 * dim)
+            view = as_vllm_sees(torch_layer(self.pool, layer), self._layout)
             self._views[layer] = view
         return view
 
@@ -125,7 +124,11 @@ class WorkerState:
             result = forward()
         finally:
             self._step = None
-        # On the CPU the forward pass has written its KV when it returns.
+        if self._runner.device.type == "cuda":
+            import torch  # noqa: PLC0415
+
+            torch.cuda.current_stream(self._runner.device).synchronize()
+        # Now, and on the CPU when the forward pass returns, all of its KV is written.
         stage.end(step)
         return result
 
@@ -133,7 +136,7 @@ class WorkerState:
         """Log the blocks of a step's slot mapping (int64 [tokens], -1 for padding)."""
         if self._step is None:
             return
-        blocks = np.unique(slots.numpy() // self.pool.spec.block_size)
+        blocks = np.unique(slots.cpu().numpy() // self.pool.spec.block_size)
         self._step.record_blocks(blocks[blocks >= 0].astype(np.int64))
 
     def gate(self) -> None:
@@ -152,6 +155,31 @@ class WorkerState:
         for row, count in enumerate(table.num_blocks_per_row):
             for column in range(int(count)):
                 rows[row, column] = moves.get(int(rows[row, column]), rows[row, column])
+
+
+def torch_layer(pool: KVPool, layer: int) -> Any:
+    """A layer's blocks as a torch tensor: [blocks, kv_heads, 2, tokens, head_dim]."""
+    from torch.utils.dlpack import from_dlpack  # noqa: PLC0415
+
+    return from_dlpack(pool.layer(layer))
+
+
+def as_vllm_sees(blocks: Any, layout: Any) -> Any:
+    """Our blocks as vLLM's ``[blocks, kv_heads, tokens, 2 * head_dim]``, in its layout's order.
+
+    Raises:
+        InvalidArgumentError: the layout does not keep what belongs to a block together.
+    """
+    num, heads, _, tokens, dim = blocks.shape
+    order = tuple(layout.layer_view_order)
+    if order == (0, 1, 2, 3):
+        return blocks.view(num, heads, tokens, 2 * dim)
+    if order == (0, 2, 1, 3):
+        return blocks.view(num, tokens, heads, 2 * dim).transpose(1, 2)
+    raise InvalidArgumentError(
+        f"pipelive_kv: the KV cache layout is {layout.name}, expected one with whole blocks, such "
+        "as LBHNC or LBNHC"
+    )
 
 
 def start_stage(worker: Any, address: str, key: bytes, counts: list[int]) -> dict[str, Any]:
