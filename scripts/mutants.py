@@ -284,7 +284,7 @@ MUTANTS = (
         PYTHON + "stage/session.py",
         "        if self.target.layers and not self.target.loaded:\n",
         "        if False:\n",
-        ("tests/coordination",),
+        ("tests/coordination/test_stage_order.py",),
     ),
     Mutant(
         "stamp-order",
@@ -292,7 +292,7 @@ MUTANTS = (
         PYTHON + "stage/stage.py",
         "if stamp.seq != self._last_seq + 1 and self._last_seq >= 0:",
         "if False:",
-        ("tests/coordination",),
+        ("tests/coordination/test_stage_order.py",),
     ),
     Mutant(
         "abort-discards",
@@ -300,7 +300,7 @@ MUTANTS = (
         PYTHON + "coordinator/ending.py",
         "lambda _: Abort(self.epoch, reason, ABORT_TIMEOUT), Done, ABORT_TIMEOUT\n        )\n",
         "lambda _: Abort(self.epoch, reason, ABORT_TIMEOUT), Done, ABORT_TIMEOUT, ()\n        )\n",
-        ("tests/coordination",),
+        ("tests/coordination/test_giving_up.py", "tests/coordination/test_reconfigure.py"),
     ),
     Mutant(
         "shrink-quarantine",

@@ -80,11 +80,11 @@ class StageSession:
         if self.source is not None:
             self.source.commit(step)
 
-    def switched(self, last_old_end_ns: int, first_new_start_ns: int, activate_s: float) -> None:
-        """Note what the activation cost."""
+    def switched(self, last_old_end_ns: int, activation_start_ns: int) -> None:
+        """Note what the activation cost, which ends now."""
         self._last_old_end_ns = last_old_end_ns
-        self._first_new_start_ns = first_new_start_ns
-        self._activate_s = activate_s
+        self._first_new_start_ns = time.monotonic_ns()
+        self._activate_s = (self._first_new_start_ns - activation_start_ns) * 1e-9
 
     def gate(self, layer: int, needs: int, timeout: float) -> None:
         """Wait until ``layer`` holds the writes, up to ``needs``, of the old placement's steps."""

@@ -311,7 +311,8 @@ class Stage:
         with self.lock:
             session = self._session
             try:
-                self.take(STAMP_K, stamp.epoch)
+                # Others are told at the end: woken now, they would take the interpreter from this.
+                self._state = self.check(STAMP_K, stamp.epoch)
             except ProtocolError as error:
                 raise ProtocolError(
                     f"step {stamp.seq} is of epoch {stamp.epoch}, for which stage {self.pp_rank} "
@@ -319,14 +320,13 @@ class Stage:
                 ) from None
             if session is None:
                 raise ProtocolError(f"stage {self.pp_rank} has no session to switch")
-            session.switch(stamp.seq)
         self.hooks.activate(session.placement)
-        self._placement = session.placement
-        self._layers = session.placement.layers_of(self.pp_rank)
-        self._epoch = stamp.epoch
-        end = time.monotonic_ns()
         with self.lock:
-            session.switched(self._last_end_ns, end, (end - start) * 1e-9)
+            self._placement = session.placement
+            self._layers = session.placement.layers_of(self.pp_rank)
+            self._epoch = stamp.epoch
+            session.switch(stamp.seq)
+            session.switched(self._last_end_ns, start)
             self.lock.notify_all()
 
     # -- for the service ---------------------------------------------------------------------------
