@@ -403,10 +403,15 @@ class Copy:
         return done.returncode == 0
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.folder / "src")}
+        # The compiler's cache is to find what was compiled in another copy.
+        cache = {"CCACHE_BASEDIR": str(self.folder), "CCACHE_NOHASHDIR": "1"}
+        return {**os.environ, **cache, "PYTHONPATH": str(self.folder / "src")}
 
     def _check(self, command: Sequence[str]) -> None:
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.folder, env=self._environment(), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
