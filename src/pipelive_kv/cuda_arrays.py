@@ -34,7 +34,10 @@ class GpuArrays(Protocol):
         """Make an array of bytes."""
 
     def copy_of(self, values: Any) -> Any:
-        """Copy an array of the host, or a list of integers (as int64)."""
+        """Copy an array of the host, or a list of integers (as int64).
+
+        The array may be changed as soon as this returns, even if its memory is pinned.
+        """
 
 
 def of(array: Any, stream: Any = None) -> GpuArrays | None:
@@ -131,7 +134,12 @@ class _Torch:
     def copy_of(self, values: Any) -> Any:
         if isinstance(values, list):
             return self._torch.tensor(values, dtype=self._torch.int64, device=self._like.device)
-        return self._torch.as_tensor(values).to(self._like.device, non_blocking=True)
+        host = self._torch.as_tensor(values)
+        if host.is_pinned():
+            # The GPU reads pinned memory when the stream comes to it, and the caller may write into
+            # its own once this returns; torch keeps ours until it has been read.
+            host = self._torch.empty_like(host, pin_memory=True).copy_(host)
+        return host.to(self._like.device, non_blocking=True)
 
 
 class _Cupy:

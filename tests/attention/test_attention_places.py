@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +152,45 @@ def test_streams_are_known_by_their_handles() -> None:
     for bad in (True, -1, "x", 1.5, None):
         with pytest.raises(PipeliveError, match="expected a CUDA stream"):
             cuda_arrays.stream_handle(bad)
+
+
+class PinnedArray:
+    """Pinned memory of a stand-in for torch, which the GPU reads when it comes to it."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = values
+
+    def is_pinned(self) -> bool:
+        return True
+
+    def copy_(self, other: PinnedArray) -> PinnedArray:
+        self.values[:] = other.values
+        return self
+
+    def to(self, device: str, *, non_blocking: bool) -> Callable[[], list[int]]:
+        assert (device, non_blocking) == ("cuda:0", True)
+        return lambda: list(self.values)
+
+
+def test_pinned_tables_may_be_changed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty_like(array: PinnedArray, *, pin_memory: bool) -> PinnedArray:
+        assert pin_memory  # else the copy of the copy would be waited for
+        return PinnedArray([-1] * len(array.values))
+
+    stream = SimpleNamespace(cuda_stream=7)
+    stand_in = SimpleNamespace(
+        as_tensor=lambda array: array,
+        empty_like=empty_like,
+        cuda=SimpleNamespace(current_stream=lambda device: stream),
+    )
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    query = SimpleNamespace(is_cuda=True, device="cuda:0", new_empty=None)
+    gpu = cuda_arrays.of(query)
+    assert gpu is not None
+    tables = PinnedArray([1, 2, 3])
+    on_gpu = gpu.copy_of(tables)
+    tables.values[:] = [9, 9, 9]
+    assert on_gpu() == [1, 2, 3]
 
 
 def test_what_lies_on_a_gpu_says_so() -> None:
