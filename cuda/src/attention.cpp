@@ -164,8 +164,12 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   launch.shared_bytes = static_cast<unsigned>(
       attention::shared_of(tensor, dim, p.tile_rows, static_cast<int>(item), p.stages).bytes);
 
-  const std::int64_t slots =
-      attention::slots_for(p.num_seqs, p.tokens, p.group, p.tile_rows, args.query_start == nullptr);
+  // Without sequences nothing may be read, since not even lengths are there: `finish` alone runs,
+  // and writes the zeros.
+  const std::int64_t slots = p.num_seqs == 0
+                                 ? 0
+                                 : attention::slots_for(p.num_seqs, p.tokens, p.group, p.tile_rows,
+                                                        args.query_start == nullptr);
   const std::int64_t splits =
       std::max(1, attention::most_splits(static_cast<std::int64_t>(p.table_width) * p.block_size));
   const std::int64_t in_window =
@@ -175,7 +179,7 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   std::int64_t runs = std::clamp<std::int64_t>((wanted + blocks - 1) / blocks, 1, in_window);
   const std::int64_t workspace =
       splits * rows * (kv.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
-  if (workspace > kMostWorkspace) runs = 1;
+  if (workspace > kMostWorkspace || slots == 0) runs = 1;
   if (slots * runs * kv.kv_heads > std::numeric_limits<std::int32_t>::max()) {
     refuse("query: number of tokens", std::to_string(query.tokens), "fewer in one call");
   }

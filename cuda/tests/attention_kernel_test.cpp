@@ -185,6 +185,26 @@ TEST_F(KernelTest, BlockMapAndAnyBlockSize) {
 
 // A row's bits must not depend on the chunk it comes in, on the other sequences, on the number of
 // runs or on the kernel that was chosen for the batch.
+TEST_F(KernelTest, WithoutSequencesNothingIsReadAndEveryRowIsZero) {
+  for (const DType dtype : kTypes) {
+    Problem p;
+    p.dtype = dtype;
+    p.trailing_tokens = 7;
+    Batch batch(p);
+    // Not even the second of the starts is there, nor a length, nor a table.
+    const std::vector<std::int32_t> starts{0};
+    AttentionArgs& args = batch.args();
+    args.num_seqs = 0;
+    args.query_start = starts.data();
+    args.seq_lens = nullptr;
+    args.block_tables = nullptr;
+    EXPECT_EQ(plan_attention(args, p.limits).grid, 0U);
+    ASSERT_EQ(batch.emulate(), "");
+    for (std::size_t i = 0; i < batch.out.size(); ++i) ASSERT_EQ(batch.out.get(i), 0.0f);
+    for (const float lse : batch.lse) ASSERT_EQ(lse, -INFINITY);
+  }
+}
+
 TEST_F(KernelTest, CompanyAndChunksChangeNothing) {
   for (const DType dtype : kTypes) {
     for (const int window : {0, 300}) {
