@@ -141,10 +141,9 @@ std::shared_ptr<Event> CudaDevice::record(Stream stream) {
   const CallScope scope(*context_);
   if (stream.handle != nullptr) {
     // An event recorded in a captured stream would become part of the graph and mark nothing.
-    constexpr Result kCaptureImplicit = 906;
     CaptureStatus status = CaptureStatus::none;
     const Result result = driver().api().stream_is_capturing(native(stream), &status);
-    if (result == kCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
+    if (result == kStreamCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
       throw Error(ErrorCode::busy,
                   "a stream that uses memory of " + info_.name +
                       " is being captured into a CUDA graph; end the capture first");

@@ -111,12 +111,13 @@ void DeviceMarks::select(unsigned set, Stream stream) {
   const CallScope scope(*kernels_->context());
   const StreamHandle handle = native(stream);
   CaptureStatus status = CaptureStatus::none;
-  driver().check(driver().api().stream_is_capturing(handle, &status), "cuStreamIsCapturing");
-  if (status != CaptureStatus::none) {
+  const Result result = driver().api().stream_is_capturing(handle, &status);
+  if (result == kStreamCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
     throw Error(ErrorCode::busy,
                 "a step's marks are begun in a stream that is being captured into a graph; begin "
                 "them before the capture or the replay");
   }
+  driver().check(result, "cuStreamIsCapturing");
   driver().check(driver().api().memset_d32_async(words_ + kSetWord, set, 1, handle),
                  "cuMemsetD32Async");
 }

@@ -271,6 +271,9 @@ TEST_F(Marked, AStepIsNotBegunInsideAGraph) {
   call<FakeDriverCapture>("fake_driver_capture")(stream.handle(), 1);
   EXPECT_EQ(error_of([&] { tracker.mark(0, stream.stream()); }).first, ErrorCode::busy);
   call<FakeDriverCapture>("fake_driver_capture")(stream.handle(), 0);
+  // What the driver says of the default stream while another stream is captured.
+  fail_nth("cuStreamIsCapturing", 1, kStreamCaptureImplicit);
+  EXPECT_EQ(error_of([&] { tracker.mark(0, stream.stream()); }).first, ErrorCode::busy);
   tracker.mark(0, stream.stream());
 }
 

@@ -28,6 +28,8 @@ inline constexpr Result kLaunchFailed = 719;
 inline constexpr Result kNotPermitted = 800;
 inline constexpr Result kNotSupported = 801;
 inline constexpr Result kStreamCaptureUnsupported = 900;
+// Of the legacy default stream, while another stream is captured that waits for it.
+inline constexpr Result kStreamCaptureImplicit = 906;
 
 using DeviceOrdinal = int;                       ///< CUdevice
 using DevicePointer = std::uint64_t;             ///< CUdeviceptr
