@@ -314,21 +314,37 @@ PIPELIVE_DEVICE void finish(const Params& p) {
       float acc[kMost][4] = {};
       float total_max = minus_infinity();
       float total_sum = 0.0f;
-#pragma unroll 4
-      for (int i = 0; i < pass.num_splits; ++i) {
-        const Fold fold = fold_of(total_max, shuffle(max, i));
-        total_max = fold.max;
-        total_sum = fma_rn(fold.part, shuffle(sum, i), mul_rn(fold.total, total_sum));
-        const float* const part = p.partial + ((pass.first_split + i) * stride + row) * p.head_dim;
+      // The loads of several splits are under way at a time; they are folded one after the other.
+      constexpr int kAhead = 4;
+#pragma unroll 1
+      for (int first = 0; first < pass.num_splits; first += kAhead) {
+        Vector parts[kAhead][kMost] = {};
 #pragma unroll
-        for (int d = 0; d < kMost; ++d) {
-          const int dim = d * 128 + lane * 4;
-          if (dim >= p.head_dim) continue;
-          const Vector v = *reinterpret_cast<const Vector*>(part + dim);
-          const unsigned words[4] = {v.x, v.y, v.z, v.w};
+        for (int i = 0; i < kAhead; ++i) {
+          const float* const part =
+              p.partial + ((pass.first_split + first + i) * stride + row) * p.head_dim;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            acc[d][j] = fma_rn(fold.part, float_of_bits(words[j]), mul_rn(fold.total, acc[d][j]));
+          for (int d = 0; d < kMost; ++d) {
+            const int dim = d * 128 + lane * 4;
+            if (first + i < pass.num_splits && dim < p.head_dim) {
+              parts[i][d] = *reinterpret_cast<const Vector*>(part + dim);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (first + i >= pass.num_splits) break;
+          const Fold fold = fold_of(total_max, shuffle(max, first + i));
+          total_max = fold.max;
+          total_sum = fma_rn(fold.part, shuffle(sum, first + i), mul_rn(fold.total, total_sum));
+#pragma unroll
+          for (int d = 0; d < kMost; ++d) {
+            const Vector v = parts[i][d];
+            const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              acc[d][j] = fma_rn(fold.part, float_of_bits(words[j]), mul_rn(fold.total, acc[d][j]));
+            }
           }
         }
       }

@@ -22,7 +22,8 @@ struct Float16 {
 struct BFloat16 {
   unsigned short bits;
 };
-struct Vector {
+/// Aligned, so that one access moves it.
+struct alignas(16) Vector {
   unsigned x, y, z, w;
 };
 

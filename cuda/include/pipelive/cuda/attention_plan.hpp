@@ -89,7 +89,11 @@ PIPELIVE_HD float exp2_fast(float x) {
 }
 
 PIPELIVE_HD float minus_infinity() {
+#if defined(__CUDA_ARCH__)
+  return __int_as_float(static_cast<int>(0xff800000u));  // the quotient is computed at run time
+#else
   return -1.0f / 0.0f;
+#endif
 }
 
 /// To subtract from scores: the maximum, or 0 where nothing was attended to.
