@@ -39,33 +39,22 @@ class Loader {
   PIPELIVE_DEVICE void issue(unsigned stage) {
     if (static_cast<long long>(tile_) * kTokens < end_) {
       const int token = tile_ * kTokens + lane_ % kTokens;
-      long long offset = kSkip;
+      // The address of this lane's token; no address is negative.
+      long long source = kSkip;
       if (token >= begin_ && token < end_) {
-        offset = kPoison;
+        source = kPoison;
         if (block_ >= 0 && block_ < p_.num_blocks) {
-          offset =
-              block_ * p_.block_stride + static_cast<int>(static_cast<unsigned>(token) %
-                                                          static_cast<unsigned>(p_.block_size)) *
-                                             p_.token_stride;
+          source = reinterpret_cast<long long>(base_) + block_ * p_.block_stride +
+                   static_cast<int>(static_cast<unsigned>(token) %
+                                    static_cast<unsigned>(p_.block_size)) *
+                       p_.token_stride;
         }
       }
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int index = i * 32 + lane_;
-        const int row = index / kChunks;
-        const int chunk = index % kChunks;
-        const long long from = shuffle(offset, row);
-        const unsigned to = stage + (row * kChunks + swizzle(chunk, row, kChunks)) * 16;
-        if (from >= 0 && chunk < chunks_used_) {
-          const char* const key = base_ + from + chunk * 16;
-          cp_async(to, key);
-          cp_async(to + kHalfBytes, key + p_.kv_stride);
-        } else {
-          // 0x7fff7fff is NaN as float16, bfloat16 and float32.
-          const unsigned fill = from == kPoison ? 0x7fff7fffu : 0u;
-          store_shared(to, {fill, fill, fill, fill});
-          store_shared(to + kHalfBytes, {fill, fill, fill, fill});
-        }
+      // Nearly all tiles are whole, and are copied without a look at each chunk.
+      if (chunks_used_ == kChunks && !any_in_warp(source < 0)) {
+        copy<true>(stage, source);
+      } else {
+        copy<false>(stage, source);
       }
     }
     cp_async_commit();
@@ -77,6 +66,28 @@ class Loader {
  private:
   static constexpr long long kSkip = -1;
   static constexpr long long kPoison = -2;
+
+  template <bool kWhole>
+  PIPELIVE_DEVICE void copy(unsigned stage, long long source) const {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = i * 32 + lane_;
+      const int row = index / kChunks;
+      const int chunk = index % kChunks;
+      const long long from = shuffle(source, row);
+      const unsigned to = stage + (row * kChunks + swizzle(chunk, row, kChunks)) * 16;
+      if (kWhole || (from >= 0 && chunk < chunks_used_)) {
+        const char* const key = reinterpret_cast<const char*>(from) + chunk * 16;
+        cp_async(to, key);
+        cp_async(to + kHalfBytes, key + p_.kv_stride);
+      } else {
+        // 0x7fff7fff is NaN as float16, bfloat16 and float32.
+        const unsigned fill = from == kPoison ? 0x7fff7fffu : 0u;
+        store_shared(to, {fill, fill, fill, fill});
+        store_shared(to + kHalfBytes, {fill, fill, fill, fill});
+      }
+    }
+  }
 
   PIPELIVE_DEVICE int look_up(int tile) const {
     const long long token = static_cast<long long>(tile) * kTokens + lane_ % kTokens;
