@@ -5,6 +5,11 @@ namespace pipelive::cuda {
 namespace {
 
 struct DeviceMemory {
+  static __device__ __forceinline__ u32 load(const u32* word) {
+    u32 value;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(word));
+    return value;
+  }
   static __device__ __forceinline__ void set_bits(u32* word, u32 bits) { atomicOr(word, bits); }
   static __device__ __forceinline__ void add(u64* number, u64 more) { atomicAdd(number, more); }
 };

@@ -15,6 +15,7 @@ namespace {
 using Kernel = std::function<void(unsigned grid, const void* args)>;
 
 struct PlainMemory {
+  static u32 load(const u32* word) { return *word; }
   static void set_bits(u32* word, u32 bits) { *word |= bits; }
   static void add(u64* number, u64 more) { *number += more; }
 };

@@ -153,9 +153,15 @@ struct MoveNarrow1 {
   }
 };
 
-/// One item. `Memory` offers the atomic operations: set_bits(u32*, u32) and add(u64*, u64).
+/// One item. `Memory` offers the atomic operations set_bits(u32*, u32) and add(u64*, u64), and
+/// load(const u32*), which a compiler leaves where it is.
 template <typename Move, typename Memory>
 PIPELIVE_HD void append_item(const AppendArgs& args, u32 item) {
+  // The set is on its way together with the slot; behind it, it would be waited for once more. Only
+  // the items that mark ask for it: of all of them, a long prompt's would queue for the one word.
+  u32 set = 0;
+  const bool marks = item % (2 * args.heads * args.row_items) == 0 && args.marks != 0;
+  if (marks) set = Memory::load(at_address<const u32>(args.set));
   const AppendSpot spot = append_spot(args, item, Move::kFromBytes, Move::kToBytes);
   if (spot.slot < 0 || static_cast<u64>(spot.slot) >= args.num_slots) {
     if (spot.slot != -1 && spot.first != 0 && args.skipped != 0) {
@@ -163,9 +169,8 @@ PIPELIVE_HD void append_item(const AppendArgs& args, u32 item) {
     }
     return;
   }
-  if (spot.first != 0 && args.marks != 0) {
+  if (marks) {
     const u64 slot = static_cast<u64>(spot.slot);
-    const u32 set = *at_address<const u32>(args.set);
     Memory::set_bits(at_address<u32>(args.marks) + set * args.set_words + slot / 32,
                      1U << (slot % 32));
   }
