@@ -113,9 +113,15 @@ py::tuple collect(DirtyTracker& tracker) {
   }
 }
 
-/// None where the caller names no stream, since the device's own queue runs no steps.
+/// Refuses None: any stream put in its place would be unordered with the step's appends, which go
+/// to their library's current one, and what they mark would be lost without a word.
 Stream step_stream(const py::object& stream) {
-  return stream.is_none() ? cuda::kDefaultStream : stream_from(stream, "stream");
+  if (stream.is_none()) {
+    throw py::type_error(
+        "stream is None, expected the stream of the step's appends: a stream of torch or cupy, or "
+        "its handle");
+  }
+  return stream_from(stream, "stream");
 }
 
 Deadline deadline_of(double timeout) {

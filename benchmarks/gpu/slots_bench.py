@@ -96,7 +96,7 @@ def bench_append(pool: KVPool, result: Result, seed: int) -> None:
     """With marks against without; and what a plain copy of as many bytes takes."""
     tracker = DirtyTracker(pool.max_blocks * SPEC.block_size, device=pool.page_pool.device)
     tracker.open(0)
-    tracker.mark(0)
+    tracker.mark(0, torch.cuda.current_stream())
     rows = []
     for tokens in (64, 256, 2048, 16384):
         times = append_times(pool, tracker, tokens, seed)
@@ -154,7 +154,7 @@ def bench_collect(pool: KVPool, result: Result, seed: int) -> None:
         times, found = [], 0
         for turn in range(33):
             tracker.open(seq)
-            tracker.mark(seq)
+            tracker.mark(seq, torch.cuda.current_stream())
             if len(marked):
                 append(kv, key, key, on_gpu, marks=tracker)
             torch.cuda.synchronize()

@@ -125,7 +125,7 @@ class DirtyTracker:
         """Add all slots of the blocks `ids` to the open step `seq`; raises as `record` does."""
         self._core.record_blocks(seq, ids, block_size)
 
-    def mark(self, seq: int, stream: Any = None) -> None:
+    def mark(self, seq: int, stream: Any) -> None:
         """Let appends that ``stream`` is given from now on mark slots for the open step `seq`.
 
         Call it in the order of the steps, outside of a graph's capture; a captured append marks for
@@ -133,9 +133,12 @@ class DirtyTracker:
 
         Args:
             seq: the step; once per step.
-            stream: a stream of torch or cupy, or its handle; None: CUDA's default stream.
+            stream: the stream of the step's appends, of torch or cupy or its handle (1: CUDA's
+                default stream). There is no default: an append without a stream takes its library's
+                current one, and marks of appends in any other stream than this may be lost.
 
         Raises:
+            TypeError: ``stream`` is None.
             InvalidArgumentError: the step is not open, or the tracker has no device.
             BusyError: as many marked steps as there may be are in flight, or the stream is being
                 captured.

@@ -43,6 +43,11 @@ class Gpu(ABC):
     def stream(self) -> Any:
         """A stream that is not the default one."""
 
+    @property
+    def named_stream(self) -> Any:
+        """The stream that calls given `stream` go to, where one must be named."""
+        return 1 if self.stream is None else self.stream
+
     def pool(self, spec: KVSpec, **options: Any) -> KVPool:
         return KVPool(spec, page_pool=self.pages, **options)
 

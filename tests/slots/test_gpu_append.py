@@ -71,7 +71,7 @@ def test_marks_are_collected_step_by_step(gpu: Gpu) -> None:
             on_gpu = gpu.put(slots, "int64")
             tracker.open(seq)
             host.open(seq)
-            tracker.mark(seq, gpu.stream)
+            tracker.mark(seq, gpu.named_stream)
             append(pool.layer(0), key, key, on_gpu, stream=gpu.stream, marks=tracker)
             append(pool.layer(1), key, key, on_gpu, stream=gpu.stream)
             host.record(seq, slots)
@@ -96,11 +96,11 @@ def test_slots_out_of_range_are_skipped_and_counted(gpu: Gpu) -> None:
         before = gpu.layer(pool, 0)
         tracker = DirtyTracker(64, device=gpu.device)
         tracker.open(0)
-        tracker.mark(0, gpu.stream)
+        tracker.mark(0, gpu.named_stream)
         slots = np.array([-1, 64, -5, 1 << 50], dtype=np.int64)
         key = gpu.put(tokens(1, 4, spec, "bfloat16"), "bfloat16")
         append(pool.layer(0), key, key, gpu.put(slots, "int64"), stream=gpu.stream, marks=tracker)
-        tracker.seal(0, stream=1 if gpu.stream is None else gpu.stream)
+        tracker.seal(0, stream=gpu.named_stream)
         tracker.wait_sealed(0, 30.0)
         assert tracker.collect().num_slots == 0
         assert tracker.marks.skipped_slots() == 3
@@ -132,26 +132,38 @@ def test_a_tracker_with_a_device(gpu: Gpu) -> None:
     tracker = DirtyTracker(100, device=gpu.device, marked_steps=2)
     for seq in range(3):
         tracker.open(seq)
-    tracker.mark(0, gpu.stream)
-    tracker.mark(1, gpu.stream)
+    tracker.mark(0, gpu.named_stream)
+    tracker.mark(1, gpu.named_stream)
     with pytest.raises(BusyError, match="2 steps are in flight"):
-        tracker.mark(2, gpu.stream)
+        tracker.mark(2, gpu.named_stream)
     with pytest.raises(DeadlineError, match="step 0"):
         tracker.wait_sealed(0, 0.01)
     tracker.record(0, [3, 4])
     tracker.seal(0, stream=1)
     tracker.wait_sealed(0, 30.0)
-    tracker.mark(2, gpu.stream)
+    tracker.mark(2, gpu.named_stream)
     assert tracker.collect().ranges.tolist() == [[3, 2]]
     with pytest.raises(InvalidArgumentError, match="is marked already"):
-        tracker.mark(2, gpu.stream)
+        tracker.mark(2, gpu.named_stream)
+
+
+def test_a_step_is_marked_in_a_stream_that_is_named(gpu: Gpu) -> None:
+    tracker = DirtyTracker(100, device=gpu.device)
+    tracker.open(0)
+    with pytest.raises(TypeError, match="stream"):
+        tracker.mark(0)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match="stream is None, expected the stream of the step's appends"
+    ):
+        tracker.mark(0, None)
+    tracker.mark(0, gpu.named_stream)  # neither of them took the step's set
 
 
 def test_a_tracker_without_a_device() -> None:
     tracker = DirtyTracker(100)
     tracker.open(0)
     with pytest.raises(InvalidArgumentError, match="without marks"):
-        tracker.mark(0)
+        tracker.mark(0, 1)
     with pytest.raises(InvalidArgumentError, match="without a device"):
         tracker.seal(0, stream=1)
     with pytest.raises(InvalidArgumentError, match="expected a GPU"):
