@@ -167,6 +167,8 @@ class Result:
     tables: list[Table] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     """Anything worth keeping that no table shows, such as all single values."""
+    printed: int = 0
+    """How many of the tables have been printed."""
 
 
 def figure_table(figures: Sequence[Figure]) -> Table:
@@ -201,8 +203,27 @@ def finish(result: Result, arguments: argparse.Namespace, started: float) -> Non
     """Print what was found and write the result file."""
     machine = machine_info()
     print(f"# {result.benchmark}\n\n{machine_line(machine)}\n")
-    for table in ([figure_table(result.figures)] if result.figures else []) + result.tables:
-        print(table.markdown() + "\n")
+    if result.figures:
+        print(figure_table(result.figures).markdown() + "\n")
+    _print_tables(result)
+    _write(result, arguments, started, machine)
+
+
+def keep(result: Result, arguments: argparse.Namespace, started: float) -> None:
+    """Print and write what there is so far: of a run that is cut short it stays."""
+    _print_tables(result)
+    _write(result, arguments, started, machine_info())
+
+
+def _print_tables(result: Result) -> None:
+    for table in result.tables[result.printed :]:
+        print(table.markdown() + "\n", flush=True)
+    result.printed = len(result.tables)
+
+
+def _write(
+    result: Result, arguments: argparse.Namespace, started: float, machine: dict[str, Any]
+) -> None:
     if arguments.out is None:
         return
     document = {

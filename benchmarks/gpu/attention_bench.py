@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import Figure, Result, Table, finish, number, parser
+from common import Figure, Result, Table, finish, keep, number, parser
 from pipelive_kv.attention import paged_attention
 
 Work = Callable[[], torch.Tensor]
@@ -244,8 +244,10 @@ def measure(batch: Batch, flashinfer: bool, rounds: int) -> tuple[dict[str, floa
     return seconds_of(works, rounds, calls), problems
 
 
-def bench_decode(result: Result, options: Any, flashinfer: bool, copy: float) -> None:
-    """Decode of many shapes; the first one has the figures."""
+def bench_decode(
+    result: Result, options: Any, flashinfer: bool, copy: float, kept: Callable[[], None]
+) -> None:
+    """Decode of many shapes; the first one has the figures. ``kept`` is called after each."""
     shapes = [
         Shape(64, 8192),
         Shape(1, 8192),
@@ -267,9 +269,11 @@ def bench_decode(result: Result, options: Any, flashinfer: bool, copy: float) ->
         for name, taken in seconds.items():
             rate = shape.kv_bytes / taken
             rows.append([str(shape), name, number(1e6 * taken), f"{rate / copy:.3f}"])
+            print(f"{name}: {number(1e6 * taken)} us, {rate / copy:.3f} of the copy rate")
         rows += [[str(shape), name, "-", text] for name, text in problems.items()]
         if index == 0:
             add_figures(result, shape, seconds, problems, copy)
+        kept()
         del batch
         torch.cuda.empty_cache()
     head = ("batch", "way", "us", "KV bytes of copy rate")
@@ -365,9 +369,11 @@ def main() -> None:
             result.data["flashinfer"] = str(error)
     copy = copy_rate()
     result.data["copy_bytes_per_second"] = copy
-    bench_decode(result, options, flashinfer, copy)
+    bench_decode(result, options, flashinfer, copy, lambda: keep(result, options, started))
     if not options.quick:
+        keep(result, options, started)
         bench_stacks(result, options, flashinfer)
+        keep(result, options, started)
         bench_prefill(result, options)
     finish(result, options, started)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common import Figure, Result, Table, finish, number, parser
+from common import Figure, Result, Table, finish, keep, number, parser
 from pipelive_kv import _core
 from pipelive_kv.attention import append
 from pipelive_kv.kv import KVPool
@@ -63,7 +63,7 @@ def median(times: list[float]) -> float:
 
 
 def append_times(
-    pool: KVPool, tracker: DirtyTracker, tokens: int, seed: int
+    pool: KVPool, tracker: DirtyTracker, tokens: int, seed: int, turns: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Seconds of an append without marks, with them, and of copying as many bytes."""
     random = np.random.default_rng(seed)
@@ -85,21 +85,21 @@ def append_times(
         targets[1].copy_(value)
 
     without, marked, limit = [], [], []
-    for _ in range(5):  # in turns, since clocks drift
+    for _ in range(turns):  # these take turns, since clocks drift
         without += replayed(plain, 8)
         marked += replayed(marking, 8)
         limit += replayed(copy, 8)
     return without, marked, limit
 
 
-def bench_append(pool: KVPool, result: Result, seed: int) -> None:
+def bench_append(pool: KVPool, result: Result, seed: int, quick: bool) -> None:
     """With marks against without; and what a plain copy of as many bytes takes."""
     tracker = DirtyTracker(pool.max_blocks * SPEC.block_size, device=pool.page_pool.device)
     tracker.open(0)
     tracker.mark(0, torch.cuda.current_stream())
     rows = []
-    for tokens in (64, 256, 2048, 16384):
-        times = append_times(pool, tracker, tokens, seed)
+    for tokens in (64, 2048) if quick else (64, 256, 2048, 16384):
+        times = append_times(pool, tracker, tokens, seed, 2 if quick else 5)
         without, marked, limit = (median(t) for t in times)
         excess = 100 * (marked / without - 1)
         rows.append(
@@ -125,7 +125,7 @@ def bench_append(pool: KVPool, result: Result, seed: int) -> None:
     tracker.seal(0)
 
 
-def bench_collect(pool: KVPool, result: Result, seed: int) -> None:
+def bench_collect(pool: KVPool, result: Result, seed: int, quick: bool) -> None:
     """Of a million slots, as the patch thread sees it; and one empty launch with its wait."""
     slots = 1 << 20
     tracker = DirtyTracker(slots, device=pool.page_pool.device)
@@ -141,14 +141,15 @@ def bench_collect(pool: KVPool, result: Result, seed: int) -> None:
     random = np.random.default_rng(seed)
     rows = []
     seq = 0
-    for name, marked in (
+    patterns = (
         ("none", np.zeros(0, dtype=np.int64)),
         ("256 at random", random.permutation(slots)[:256]),
         ("16,384 at random", random.permutation(slots)[:16384]),
         ("4,096 runs of 64", (np.arange(4096)[:, None] * 256 + np.arange(64)).reshape(-1)),
         ("all", np.arange(slots)),
         ("every second", np.arange(0, slots, 2)),
-    ):
+    )
+    for name, marked in patterns[: 3 if quick else None]:
         on_gpu = torch.from_numpy(marked.astype(np.int64)).cuda()
         key = torch.zeros(max(1, len(marked)), 1, 8, dtype=torch.bfloat16, device="cuda")
         times, found = [], 0
@@ -231,12 +232,12 @@ def host_rates(copier: Any, ranges: Ranges, nbytes: int) -> tuple[float, list[fl
     return limit, [nbytes / median(waited(work, 5)) for work in works]
 
 
-def bench_copies(pool: KVPool, layers: int, result: Result, seed: int) -> None:
+def bench_copies(pool: KVPool, layers: int, result: Result, seed: int, quick: bool) -> None:
     """Gather, scatter and digest against copies of as many bytes."""
     copier = _core.SlotCopier(SPEC.core, {layer: pool.layer(layer) for layer in range(layers)})
     num_slots = pool.capacity * SPEC.block_size
     tables: tuple[list[list[str]], list[list[str]]] = ([], [])
-    for length in (1, 16, 256, 4096, num_slots // 2):
+    for length in (16, 256) if quick else (1, 16, 256, 4096, num_slots // 2):
         ranges = pattern(length, num_slots // 2, num_slots, seed)
         slot = layers * SPEC.slot_bytes
         # The host's memory takes less: what fits 256 MiB.
@@ -282,7 +283,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--blocks", type=int, default=4096, help="of 16 tokens in each layer")
     options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--quick", action="store_true", help="only what has figures, fewer times")
     arguments = options.parse_args()
+    seed, quick = arguments.seed, arguments.quick
     started = time.monotonic()
     result = Result("slots on a GPU")
     result.data["gpu"] = torch.cuda.get_device_name()
@@ -298,13 +301,14 @@ def main() -> None:
         device="cuda",
     ) as pool:
         parts: list[tuple[str, Callable[[], Any]]] = [
-            ("append", lambda: bench_append(pool, result, arguments.seed)),
-            ("collect", lambda: bench_collect(pool, result, arguments.seed)),
-            ("copies", lambda: bench_copies(pool, arguments.layers, result, arguments.seed)),
+            ("append", lambda: bench_append(pool, result, seed, quick)),
+            ("collect", lambda: bench_collect(pool, result, seed, quick)),
+            ("copies", lambda: bench_copies(pool, arguments.layers, result, seed, quick)),
         ]
         for name, part in parts:
             print(f"{name} ...", file=sys.stderr, flush=True)
             part()
+            keep(result, arguments, started)
     finish(result, arguments, started)
 
 

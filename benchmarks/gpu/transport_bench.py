@@ -194,13 +194,34 @@ def patch(settings: dict[str, Any]) -> tuple[float, int]:
     return statistics.median(told["seconds"][1:]), told["bytes"]
 
 
+class Report:
+    """Prints every row when it is there and keeps the file up to date: a run may be cut short."""
+
+    def __init__(self, device: str, path: Path | None) -> None:
+        self.device = device
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, seconds: float, nbytes: int, copy: float) -> None:
+        """``copy``: the seconds that a plain copy of as many bytes takes."""
+        rate = nbytes / seconds * 1e-9
+        row = {"what": what, "seconds": seconds, "gb_s": rate, "ratio": copy / seconds}
+        self.rows.append(row)
+        print(
+            f"{what:52s} {seconds * 1e3:9.3f} ms {rate:8.1f} GB/s {row['ratio']:6.2f}", flush=True
+        )
+        if self.path is not None:
+            document = {"device": self.device, "rows": self.rows}
+            self.path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", nargs=2, metavar=("FD", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--mib", type=int, default=1024, help="bytes of a patch")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the whole path without a GPU")
     parser.add_argument("--quick", action="store_true", help="one shape and one piece size")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", "--out", type=Path, dest="json", help="keep the figures here too")
     options = parser.parse_args()
     if options.source:
         run_source(int(options.source[0]), json.loads(options.source[1]))
@@ -208,8 +229,13 @@ def main() -> None:
     nbytes = options.mib * MIB
     layers = 16
     blocks = 2 * nbytes // (layers * SPEC.slot_bytes * SPEC.block_size)
+    name = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(0)
+    print(
+        f"{name}: {options.mib} MiB of slots, ratios to a plain copy of as many bytes", flush=True
+    )
+    report = Report(name, options.json)
     copy = plain_copy(nbytes, options.device)
-    rows = [{"what": "plain copy", "seconds": copy, "gb_s": nbytes / copy * 1e-9, "ratio": 1.0}]
+    report.add("plain copy", copy, nbytes, copy)
     kinds = ["one range"] if options.quick else ["one range", "whole blocks", "half blocks"]
     sizes = [32] if options.quick else [8, 32, 128]
     for kind in kinds:
@@ -226,35 +252,12 @@ def main() -> None:
                     "device": options.device,
                 }
                 seconds, sent = patch(settings)
-                rows.append(
-                    {
-                        "what": f"P2P, {kind}, pieces of {piece} MiB"
-                        + (", checksum" if checksum else ""),
-                        "seconds": seconds,
-                        "gb_s": sent / seconds * 1e-9,
-                        "ratio": sent / seconds / (nbytes / copy),
-                    }
-                )
-    name = "cpu"
+                what = f"P2P, {kind}, pieces of {piece} MiB" + (", checksum" if checksum else "")
+                report.add(what, seconds, sent, copy * sent / nbytes)
     if options.device != "cpu":
-        name = torch.cuda.get_device_name(0)
         version, seconds = nccl_alone(64 * MIB)
-        rows.append(
-            {
-                "what": f"NCCL {version} with itself, 64 MiB",
-                "seconds": seconds,
-                "gb_s": 64 * MIB / seconds * 1e-9,
-                "ratio": plain_copy(64 * MIB, options.device) / seconds,
-            }
-        )
-    print(f"{name}: {options.mib} MiB of slots, ratios to a plain copy of as many bytes")
-    for row in rows:
-        print(
-            f"{row['what']:52s} {row['seconds'] * 1e3:9.3f} ms {row['gb_s']:8.1f} GB/s "
-            f"{row['ratio']:6.2f}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps({"device": name, "rows": rows}, indent=1) + "\n")
+        what = f"NCCL {version} with itself, 64 MiB"
+        report.add(what, seconds, 64 * MIB, plain_copy(64 * MIB, options.device))
 
 
 if __name__ == "__main__":
