@@ -82,6 +82,7 @@ def test_without_driver_the_kernel_check_says_so() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.small
 def test_kernel_runs_on_the_device() -> None:
     values = np.linspace(-3, 3, 1_000_003, dtype=np.float32).reshape(-1, 1)
     scaled = cuda_scale(values, 2.5)
@@ -89,6 +90,7 @@ def test_kernel_runs_on_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.small
 def test_a_device_that_is_not_there_is_refused() -> None:
     from pipelive_kv import _core
 

@@ -31,6 +31,7 @@ if torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.small
 def test_views_are_torch_tensors_in_place() -> None:
     with make_pool() as pool:
         view = pool.layer(1)
@@ -69,6 +70,7 @@ def test_views_are_cupy_arrays_in_place() -> None:
     pool.close()
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("stack", [1, 2])
 def test_grow_and_shrink_keep_addresses_and_bytes(stack: int) -> None:
     with make_pool(stack=stack, layers=[0, 1]) as pool:
@@ -327,7 +329,7 @@ def test_holes_fault() -> None:
         "    view[900] = 1\n"
         "    torch.cuda.synchronize()\n"
         "except RuntimeError as error:\n"
-        "    print('fault', 'illegal' in str(error))\n"
+        "    print('fault', 'illegal' in str(error), flush=True)\n"
         "import os\n"
         "os._exit(0)\n"
     )

@@ -89,6 +89,7 @@ def test_marks_are_collected_step_by_step(gpu: Gpu) -> None:
         assert tracker.marks.skipped_slots() == 0
 
 
+@pytest.mark.small
 def test_slots_out_of_range_are_skipped_and_counted(gpu: Gpu) -> None:
     spec = KVSpec(1, 64, "bfloat16", 16)
     with gpu.pool(spec, num_layers=1, layers=(0,), max_blocks=4, capacity=4) as pool:
@@ -189,6 +190,7 @@ def test_kernels_that_the_build_has_none_of_are_compiled_once(gpu: Gpu) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.small
 def test_a_captured_append_marks_for_the_step_that_replays_it() -> None:
     torch = pytest.importorskip("torch")
     spec = KVSpec(2, 64, "bfloat16", 16)
