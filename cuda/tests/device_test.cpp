@@ -310,6 +310,48 @@ TEST_F(CudaPoolTest, TheDefaultStreamIsWaitedForUnasked) {
   EXPECT_FALSE(testing::accessible(at(1, 0)));
 }
 
+// The shared page gives way in two calls, and between them there is nothing behind a hole.
+TEST_F(CudaPoolTest, WhatReplacesTheScratchPageWaitsForTheStreamsThatUseThePool) {
+  open(HolePolicy::scratch);
+  pool_->drop_layers(std::vector<std::uint32_t>{1});
+  OwnStream compute(device().context());
+  pool_->residency().note_stream(compute.stream());
+  for (const bool layers : {false, true}) {
+    fake_.hold(compute.stream(), true);
+    device().fill(at(layers ? 1 : 0, 39), 1, 64, compute.stream());
+    const std::uint64_t unmapped = fake_.count("cuMemUnmap");
+    const std::uint64_t asked = fake_.count("cuEventQuery");
+    auto changed = std::async(std::launch::async, [&] {
+      layers ? pool_->add_layers(std::vector<std::uint32_t>{1}) : pool_->grow(40);
+    });
+    const Deadline deadline = Deadline::after_seconds(5);
+    while (fake_.count("cuEventQuery") < asked + 5 && !deadline.passed()) {
+      std::this_thread::yield();
+    }
+    EXPECT_TRUE(fake_.pending(compute.stream()));
+    EXPECT_EQ(fake_.count("cuMemUnmap"), unmapped);
+    fake_.hold(compute.stream(), false);
+    changed.get();
+    EXPECT_GT(fake_.count("cuMemUnmap"), unmapped);
+  }
+  EXPECT_EQ(pool_->capacity(), 40u);
+  const std::vector<std::byte> zeros(spec_.block_bytes());
+  EXPECT_EQ(read(device(), at(1, 39), spec_.block_bytes()), zeros);
+  pool_->residency().forget_stream(compute.stream());
+}
+
+TEST_F(CudaPoolTest, ACaptureRefusesTheGrowOverScratchAndChangesNothing) {
+  open(HolePolicy::scratch);
+  OwnStream compute(device().context());
+  pool_->residency().note_stream(compute.stream());
+  fake_.capture(compute.stream(), true);
+  EXPECT_CODE(busy, pool_->grow(40));
+  EXPECT_EQ(pool_->capacity(), 30u);
+  fake_.capture(compute.stream(), false);
+  pool_->grow(40);
+  pool_->residency().forget_stream(compute.stream());
+}
+
 TEST_F(CudaPoolTest, ACaptureRefusesTheShrinkAndChangesNothing) {
   open();
   OwnStream compute(device().context());

@@ -127,7 +127,10 @@ class KVPool:
 
     ``stack`` neighbouring layers lie side by side and are held or dropped together. ``holes`` says
     what stands behind ids that are not resident: ``"fault"`` nothing, so that a stray access is a
-    segmentation fault; ``"scratch"`` one shared page.
+    segmentation fault; ``"scratch"`` one shared page. That page is taken away and memory put in its
+    place (or the other way round) in two steps. So on a GPU every change of capacity or layers then
+    waits for the streams of :meth:`use_stream`, and while it runs nothing may be launched that may
+    touch ids which are not resident before it or after.
 
     Pages come from ``page_pool`` or, without one, from a new pool on ``device`` with ``budget``
     bytes (default: room for every layer at ``max_blocks``) in pages of ``page_bytes``.
@@ -251,7 +254,11 @@ class KVPool:
         self._core.drop_layers(_layer_list(layers))
 
     def grow(self, capacity: int) -> None:
-        """Make the ids up to ``capacity`` resident in all layers held."""
+        """Make the ids up to ``capacity`` resident in all layers held.
+
+        With ``holes="scratch"`` on a GPU it waits for streams like :meth:`shrink`, and raises
+        BusyError where one is being captured.
+        """
         self._core.grow(whole(capacity, "capacity"))
 
     def shrink(

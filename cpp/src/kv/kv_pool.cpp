@@ -208,6 +208,7 @@ void KVPool::add_layers(std::span<const std::uint32_t> layers) {
     const std::size_t pages = geometry_.pages_for(index, capacity());
     parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
   }
+  wait_for_users_of_holes();
   map_all(std::move(parts));
   publish_locked(capacity(), stacks, true);
 }
@@ -251,6 +252,7 @@ void KVPool::grow(std::uint64_t capacity) {
          std::to_string(before));
   }
   if (capacity == before) return;
+  wait_for_users_of_holes();
   std::vector<Mapped> parts;
   const std::vector<std::uint32_t> stacks = held_stacks();
   bool zeroed = false;
@@ -459,6 +461,12 @@ void KVPool::wait_for_users_at_close() const {
   } catch (const Error& error) {
     if (error.code() != ErrorCode::device) throw;
   }
+}
+
+// The page that stands behind holes cannot be exchanged for others in one step, and what runs on a
+// device does not wait for the second one.
+void KVPool::wait_for_users_of_holes() const {
+  if (scratch_ != nullptr) wait_for_users({}, Deadline::after_seconds(kFenceSeconds));
 }
 
 void KVPool::close() {

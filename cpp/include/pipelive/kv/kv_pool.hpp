@@ -60,6 +60,10 @@ struct KVPoolStats {
 /// are to go count as not resident while it waits; blocks that stay may be used all the time. All
 /// else that reads or writes through raw addresses is the caller's to order.
 ///
+/// HolePolicy::scratch: what stands behind an address changes in two steps, and between them there
+/// is nothing. So grow and add_layers, too, wait for the noted streams; and from the call to its
+/// return nothing may be launched that may touch an id which is not resident before it or after.
+///
 /// Moves are copies of the device. With a stream they are part of its work, after that of the noted
 /// streams, and the call does not wait for them; without one they are over when the call returns.
 class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVPool> {
@@ -155,6 +159,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   void order_after_users(Stream stream) const;
   void wait_for_users(Stream stream, Deadline deadline) const;
   void wait_for_users_at_close() const;
+  void wait_for_users_of_holes() const;
   void set_limits(const std::vector<std::uint32_t>& stacks, std::uint64_t limit) noexcept;
   void map_all(std::vector<Mapped> parts);
   std::vector<Removed> unmap_all(const std::vector<Mapped>& parts);
