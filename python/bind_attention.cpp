@@ -143,8 +143,9 @@ std::optional<Isa> isa_of(const std::optional<std::string>& name) {
 }
 
 void append_tokens(py::handle kv, py::handle key, py::handle value, py::handle slots,
-                   const std::optional<std::string>& isa, py::handle stream, py::handle marks) {
-  if (append_on_gpu(kv, key, value, slots, stream, marks)) return;
+                   const std::optional<std::string>& isa, py::handle stream, py::handle marks,
+                   bool ordered) {
+  if (append_on_gpu(kv, key, value, slots, stream, marks, ordered)) return;
   if (!marks.is_none()) {
     throw Error(ErrorCode::invalid_argument, "marks are made by a GPU, and kv lies in host memory");
   }
@@ -241,16 +242,18 @@ Stream stream_of(py::handle stream) {
 
 /// While it lives, blocks of `layer` stay; and they stay until `stream` has done what it is given
 /// meanwhile. Throws where the layer is not held.
-std::optional<Residency::Use> use_in(const std::optional<LayerView>& layer, Stream stream) {
+std::optional<Residency::Use> use_in(const std::optional<LayerView>& layer, Stream stream,
+                                     const std::shared_ptr<void>& owner) {
   if (!layer) return std::nullopt;
   std::optional<Residency::Use> use(layer->use());
   layer->check_resident_range(0, 1);
-  layer->blocks()->residency().note_stream(stream);
+  layer->blocks()->residency().note_stream(stream, owner);
   return use;
 }
 
 void attend_on_gpu(const Borrowed& borrowed, py::handle stream, py::handle allocate) {
   const Stream queue = stream_of(stream);
+  const std::shared_ptr<void> owner = stream_owner(stream);
   const auto kernels = borrowed.kv.kernels();
   const std::size_t bytes = cuda::plan_attention(borrowed.args, kernels->limits()).workspace_bytes;
   std::optional<TensorView> workspace;
@@ -262,7 +265,7 @@ void attend_on_gpu(const Borrowed& borrowed, py::handle stream, py::handle alloc
     workspace->require_writable();
   }
   const py::gil_scoped_release released;
-  const auto use = use_in(borrowed.kv.layer, queue);
+  const auto use = use_in(borrowed.kv.layer, queue, owner);
   cuda::paged_attention(*kernels, borrowed.args, workspace ? workspace->data() : nullptr,
                         workspace ? workspace->num_bytes() : 0,
                         static_cast<cuda::StreamHandle>(queue.handle));
@@ -344,7 +347,7 @@ py::tuple isa_names() {
 void bind_attention(py::module_& m) {
   m.def("attention_append", &append_tokens, py::arg("kv"), py::arg("key"), py::arg("value"),
         py::arg("slots"), py::arg("isa") = py::none(), py::arg("stream") = py::none(),
-        py::arg("marks") = py::none());
+        py::arg("marks") = py::none(), py::arg("ordered") = false);
   m.def("attention_forward", &attend, py::arg("query"), py::arg("kv"), py::arg("block_tables"),
         py::arg("seq_lens"), py::arg("out"), py::arg("lse"), py::arg("scale"),
         py::arg("query_start") = py::none(), py::arg("window") = 0, py::arg("soft_cap") = 0.0,

@@ -34,9 +34,9 @@ std::shared_ptr<const cuda::PrimaryContext> default_context(int ordinal) {
   return context;
 }
 
-TensorView borrow_on(py::handle object, const char* argument, int ordinal, Stream stream) {
-  TensorView tensor =
-      TensorView::borrow(object, argument, reinterpret_cast<std::intptr_t>(stream.handle));
+TensorView borrow_on(py::handle object, const char* argument, int ordinal,
+                     std::optional<std::intptr_t> consumer) {
+  TensorView tensor = TensorView::borrow(object, argument, consumer);
   const dlpack::Device wanted{dlpack::kCuda, ordinal};
   if (tensor.device() != wanted) {
     refuse(argument, "on " + name_of(tensor.device()), name_of(wanted) + ", where kv is");
@@ -115,7 +115,7 @@ std::shared_ptr<SlotCopier> copier_for(const LayerView& layer) {
 }
 
 bool append_on_gpu(py::handle kv, py::handle key, py::handle value, py::handle slots,
-                   py::handle stream, py::handle marks) {
+                   py::handle stream, py::handle marks, bool ordered) {
   std::optional<LayerView> layer;
   std::optional<int> ordinal;
   if (py::isinstance<LayerView>(kv)) {
@@ -126,15 +126,20 @@ bool append_on_gpu(py::handle kv, py::handle key, py::handle value, py::handle s
   }
   if (!ordinal) return false;
   const Stream queue = stream.is_none() ? cuda::kDefaultStream : stream_from(stream, "stream");
+  const std::shared_ptr<void> owner = stream_owner(stream);
+  const auto consumer = reinterpret_cast<std::intptr_t>(queue.handle);
+  // An order that is there already would cost an event and a wait for each of them.
+  const std::optional<std::intptr_t> orders =
+      ordered ? std::nullopt : std::optional<std::intptr_t>(consumer);
   std::optional<TensorView> tensor;
   KVView view;
   if (!layer) {
-    tensor = borrow_on(kv, "kv", *ordinal, queue);
+    tensor = borrow_on(kv, "kv", *ordinal, consumer);
     view = kv_of(*tensor);
   }
-  const TensorView keys = borrow_on(key, "key", *ordinal, queue);
-  const TensorView values = borrow_on(value, "value", *ordinal, queue);
-  const TensorView slot_tensor = borrow_on(slots, "slots", *ordinal, queue);
+  const TensorView keys = borrow_on(key, "key", *ordinal, orders);
+  const TensorView values = borrow_on(value, "value", *ordinal, orders);
+  const TensorView slot_tensor = borrow_on(slots, "slots", *ordinal, orders);
   slot_tensor.require_dtype(dtypes::int64);
   slot_tensor.require_ndim(1);
   slot_tensor.require_contiguous();
@@ -149,7 +154,7 @@ bool append_on_gpu(py::handle kv, py::handle key, py::handle value, py::handle s
   const auto kernels =
       cuda::SlotKernels::of(layer ? cuda_context(*layer) : cuda_context(nullptr, *ordinal));
   if (layer) {
-    cuda::append(*kernels, *layer, key_view, value_view, first, count, handle, marked.get());
+    cuda::append(*kernels, *layer, key_view, value_view, first, count, handle, marked.get(), owner);
   } else {
     cuda::append(*kernels, view, key_view, value_view, first, count, handle, marked.get());
   }

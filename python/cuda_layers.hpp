@@ -23,8 +23,10 @@ namespace pipelive::bindings {
 
 /// Appends where `kv` (a LayerView, or a tensor of five axes) lies on a GPU; false, and nothing is
 /// done, where it does not. `stream` is None for CUDA's default stream, `marks` a DeviceMarks or
-/// None.
+/// None. `ordered`: key, value and slots are what `stream` finds done, as its library orders it;
+/// else they are asked to be.
 bool append_on_gpu(pybind11::handle kv, pybind11::handle key, pybind11::handle value,
-                   pybind11::handle slots, pybind11::handle stream, pybind11::handle marks);
+                   pybind11::handle slots, pybind11::handle stream, pybind11::handle marks,
+                   bool ordered);
 
 }  // namespace pipelive::bindings

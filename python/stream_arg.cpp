@@ -38,6 +38,15 @@ Stream stream_from(py::handle value, const char* argument) {
                   ", expected a CUDA stream of torch or cupy, or its handle");
 }
 
+std::shared_ptr<void> stream_owner(py::handle value) {
+  if (value.is_none() || py::isinstance<py::int_>(value)) return nullptr;
+  return {value.inc_ref().ptr(), [](void* object) {
+            if (Py_IsInitialized() == 0) return;  // a pool may outlive the interpreter
+            const py::gil_scoped_acquire gil;
+            py::handle(static_cast<PyObject*>(object)).dec_ref();
+          }};
+}
+
 std::optional<Stream> consumer_stream(py::handle value) {
   if (value.is_none()) return cuda::kDefaultStream;
   const auto number = value.cast<std::intptr_t>();

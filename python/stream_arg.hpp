@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 #include "pipelive/device/device.hpp"
@@ -14,6 +15,10 @@ namespace pipelive::bindings {
 /// stream; None is the device's own queue. `argument` is the parameter's name, for the messages.
 /// Throws Error(invalid_argument) for anything else.
 [[nodiscard]] Stream stream_from(pybind11::handle value, const char* argument);
+
+/// What keeps the stream of that argument existing, and may be dropped by any thread: the object
+/// itself; null for None and for handles, which keep nothing. Call with the GIL held.
+[[nodiscard]] std::shared_ptr<void> stream_owner(pybind11::handle value);
 
 /// The consumer's stream of a `__dlpack__(stream=...)` for memory of a CUDA device: None is the
 /// default stream; nothing for -1, which asks for no ordering. Throws ValueError for 0, as the

@@ -162,7 +162,8 @@ void append(const SlotKernels& kernels, const KVView& kv, const TokenView& key,
 
 void append(const SlotKernels& kernels, const LayerView& layer, const TokenView& key,
             const TokenView& value, DevicePointer slots, std::int64_t num_slots,
-            StreamHandle stream, const DeviceMarks* marks) {
+            StreamHandle stream, const DeviceMarks* marks,
+            const std::shared_ptr<void>& stream_owner) {
   if (layer.device_kind() != DeviceKind::cuda) refuse("kv", "in host memory", "memory of a GPU");
   KVView view;
   view.base = layer.memory().base;
@@ -179,7 +180,7 @@ void append(const SlotKernels& kernels, const LayerView& layer, const TokenView&
   const Residency::Use use = layer.use();
   layer.check_resident_range(0, 1);
   const Stream user = stream == nullptr ? kDefaultStream : Stream{stream};
-  layer.blocks()->residency().note_stream(user);
+  layer.blocks()->residency().note_stream(user, stream_owner);
   append(kernels, view, key, value, slots, num_slots, static_cast<StreamHandle>(user.handle),
          marks);
 }

@@ -71,7 +71,9 @@ def append(
             two tokens with one slot the later stays.
         isa: one of :func:`available_isas`; for tests, on the CPU.
         stream: on a GPU, a stream of torch or cupy or its handle; None: the current stream of the
-            library that ``key`` is of, or CUDA's default stream.
+            library that ``key`` is of, or CUDA's default stream. The pool of a layer keeps a stream
+            object until :meth:`~pipelive_kv.kv.KVPool.release_stream`, so do not make one per call.
+            A handle must stay valid until then.
         marks: on a GPU, a tracker with this device: the slots are marked in the same launch, for
             the step of its last ``mark`` in this stream. One layer's append per step is enough.
 
@@ -82,15 +84,18 @@ def append(
     """
     if cuda_arrays.on_gpu(kv):
         cuda_arrays.offer_compilers()
-    _core.attention_append(
-        kv,
-        key,
-        value,
-        slots,
-        isa,
-        cuda_arrays.current_stream(key) if stream is None else stream,
-        None if marks is None else marks.marks,
-    )
+    queue = cuda_arrays.queue_of(stream, key, value, slots)
+    with queue.device:
+        _core.attention_append(
+            kv,
+            key,
+            value,
+            slots,
+            isa,
+            queue.stream,
+            None if marks is None else marks.marks,
+            queue.ordered,
+        )
 
 
 @overload
@@ -276,7 +281,7 @@ def _attend_on_gpu(
         block_map,
         threads,
         isa,
-        gpu.handle,
+        gpu.stream,
         gpu.scratch,
     )
     return out, lse

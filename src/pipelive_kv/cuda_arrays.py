@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipelive_kv import _core
 from pipelive_kv.errors import InvalidArgumentError
@@ -24,8 +24,11 @@ class GpuArrays(Protocol):
     handle: int
     """The stream, as a CUDA handle."""
 
+    stream: Any
+    """What to name the stream by to the core, which keeps an object for as long as it may ask."""
+
     def in_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """While entered, what is made belongs to the stream."""
+        """While entered, what is made belongs to the stream, and arrays of its device are lent."""
 
     def empty(self, shape: tuple[int, ...], dtype: str | None) -> Any:
         """Make an array; None: of the same dtype."""
@@ -74,15 +77,30 @@ def on_gpu(array: Any) -> bool:
     return where is not None and int(where()[0]) == CUDA
 
 
-def current_stream(array: Any) -> int | None:
-    """Return the handle of the current stream of the array's library; None where there is none."""
+class Queue(NamedTuple):
+    """Where the core puts work on arrays of a GPU that it borrows itself."""
+
+    stream: Any
+    """Of the call, or of the library; None: CUDA's default stream."""
+    ordered: bool
+    """Whether the arrays' own library orders them in that stream, so that nobody need ask it to."""
+    device: contextlib.AbstractContextManager[Any]
+    """To be entered around the call: torch lends tensors of its current device alone."""
+
+
+def queue_of(stream: Any, array: Any, *others: Any) -> Queue:
+    """Choose the queue for arrays, of which the first one's library counts."""
     if not on_gpu(array):
-        return None
+        return Queue(stream, False, contextlib.nullcontext())
     if hasattr(array, "new_empty"):
-        return _Torch(array, None).handle
-    if type(array).__module__.partition(".")[0] == "cupy":
-        return _Cupy(array, None).handle
-    return None
+        tensor = _Torch(array, None)
+        if stream is not None:
+            return Queue(stream, False, tensor.in_stream())
+        ordered = all(hasattr(other, "new_empty") for other in others)
+        return Queue(tensor.stream, ordered, tensor.in_stream())
+    if stream is None and type(array).__module__.partition(".")[0] == "cupy":
+        stream = _Cupy(array, None).stream
+    return Queue(stream, False, contextlib.nullcontext())
 
 
 def stream_handle(stream: Any) -> int:
@@ -106,9 +124,12 @@ class _Torch:
         self._like = like
         self._stream: Any = None
         if stream is None:
+            # torch never destroys its streams.
             self.handle = int(torch.cuda.current_stream(like.device).cuda_stream)
+            self.stream = self.handle
             return
         self.handle = stream_handle(stream)
+        self.stream = stream
         if isinstance(stream, torch.cuda.Stream):
             self._stream = stream
         elif self.handle <= 1:
@@ -118,9 +139,11 @@ class _Torch:
             self._stream = external(self.handle, device=like.device)
 
     def in_stream(self) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any]
         if self._stream is None:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = self._torch.cuda.stream(self._stream)
+            context = self._torch.cuda.device(self._like.device)
+        else:
+            context = self._torch.cuda.stream(self._stream)
         return context
 
     def empty(self, shape: tuple[int, ...], dtype: str | None) -> Any:
@@ -150,9 +173,11 @@ class _Cupy:
         self._like = like
         self._stream: Any = None
         if stream is None:
-            self.handle = int(cupy.cuda.get_current_stream().ptr)
+            self.stream = cupy.cuda.get_current_stream()
+            self.handle = int(self.stream.ptr)
             return
         self.handle = stream_handle(stream)
+        self.stream = stream
         is_stream = isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream))
         self._stream = stream if is_stream else cupy.cuda.ExternalStream(self.handle)
 

@@ -203,5 +203,5 @@ def test_what_lies_on_a_gpu_says_so() -> None:
     assert not cuda_arrays.on_gpu(torch.zeros(1).numpy())
     assert not cuda_arrays.on_gpu([1, 2])
     assert not cuda_arrays.on_gpu(None)
-    assert cuda_arrays.current_stream(OnGpu()) is None
+    assert cuda_arrays.queue_of(None, OnGpu()).stream is None
     assert all("libnvrtc.so" in path for path in cuda_arrays.nvrtc_libraries())

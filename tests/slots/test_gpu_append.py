@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from gpu_memory import FakeGpu, Gpu
 
-from pipelive_kv.attention import append
+from pipelive_kv.attention import append, check_block_tables, paged_attention
 from pipelive_kv.errors import BusyError, DeadlineError, InvalidArgumentError
 from pipelive_kv.kv import KVPool
 from pipelive_kv.spec import KVSpec
@@ -187,6 +193,118 @@ def test_kernels_that_the_build_has_none_of_are_compiled_once(gpu: Gpu) -> None:
         assert gpu.nvrtc.compiled == ["slots_copy.cu", "slots_append.cu", "slots_marks.cu"]
         written = gpu.layer(pool, 0)[0, :, 0]  # [head, token, dim] of the first block's keys
         assert (written == np.concatenate([key, key]).transpose(1, 0, 2)).all()
+
+
+@pytest.mark.parametrize("gpu", ["fake"], indirect=True)
+def test_a_stream_object_is_kept_until_it_is_released(gpu: Gpu) -> None:
+    """A stream that is destroyed sooner could not be waited for by the next shrink."""
+
+    class Stream:
+        cuda_stream = 1
+
+    spec = KVSpec(2, 64, "bfloat16", 8)
+    key = gpu.put(tokens(1, 4, spec, "bfloat16"), "bfloat16")
+    slots = gpu.put(np.arange(4, dtype=np.int64), "int64")
+    with gpu.pool(spec, num_layers=1, layers=(0,), max_blocks=8, capacity=8) as pool:
+        kept = []
+        for _ in range(2):
+            stream = Stream()
+            kept.append(weakref.ref(stream))
+            for _ in range(2):
+                append(pool.layer(0), key, key, slots, stream=stream)
+            before = sys.getrefcount(stream)
+            append(pool.layer(0), key, key, slots, stream=stream)
+            assert sys.getrefcount(stream) == before
+            del stream
+        gc.collect()
+        assert kept[0]() is None  # the same stream, named by a later object
+        assert kept[1]() is not None
+        pool.shrink(1)
+        assert kept[1]() is not None
+        pool.release_stream(1)
+        assert kept[1]() is None
+        stream = Stream()
+        kept.append(weakref.ref(stream))
+        append(pool.layer(0), key, key, slots, stream=stream)
+        del stream
+    del pool
+    gc.collect()
+    assert kept[2]() is None
+
+
+@pytest.mark.parametrize("gpu", ["fake"], indirect=True)
+def test_torch_is_asked_for_an_order_only_where_there_is_none(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    entered: list[Any] = []
+
+    class Tensor:
+        """Memory of the stand-in as torch would lend it."""
+
+        is_cuda = True
+        device = "cuda:0"
+        new_empty = None
+
+        def __init__(self, lender: Any) -> None:
+            self.lender = lender
+            self.asked: list[int] = []
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (2, 0)
+
+        def __dlpack__(self, *, stream: int, **options: Any) -> Any:
+            assert entered == [self.device]
+            self.asked.append(stream)
+            return self.lender.__dlpack__(stream=stream, **options)
+
+    @contextlib.contextmanager
+    def device(where: Any) -> Iterator[None]:
+        entered.append(where)
+        yield
+        entered.remove(where)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda where: types.SimpleNamespace(cuda_stream=1)
+    )
+    spec = KVSpec(2, 64, "bfloat16", 8)
+    key = Tensor(gpu.put(tokens(1, 4, spec, "bfloat16"), "bfloat16"))
+    slots = Tensor(gpu.put(np.arange(4, dtype=np.int64), "int64"))
+    with gpu.pool(spec, num_layers=1, layers=(0,), max_blocks=8, capacity=8) as pool:
+        append(pool.layer(0), key, key, slots)
+        append(pool.layer(0), key, key, slots, stream=2)
+        append(pool.layer(0), key, key, slots.lender)
+    assert key.asked == [-1, -1, 2, 2, 1, 1]
+    assert slots.asked == [-1, 2]
+
+
+@pytest.mark.gpu
+def test_tensors_of_another_gpu_than_torchs_current_one() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, {torch.cuda.device_count()} here")
+    spec = KVSpec(2, 64, "bfloat16", 16)
+    with KVPool(
+        spec,
+        num_layers=1,
+        layers=(0,),
+        max_blocks=8,
+        capacity=8,
+        budget=64 << 20,
+        device="cuda:1",
+    ) as pool:
+        assert torch.cuda.current_device() == 0
+        key = torch.randn(4, 2, 64, device="cuda:1").bfloat16()
+        slots = torch.arange(4, device="cuda:1")
+        append(pool.layer(0), key, key, slots)
+        tables = torch.zeros(1, 1, dtype=torch.int32, device="cuda:1")
+        lens = torch.full((1,), 4, dtype=torch.int32, device="cuda:1")
+        out = paged_attention(key[:1], pool.layer(0), tables, lens, scale=0.125)
+        check_block_tables(key[:1], pool.layer(0), tables, lens)
+        torch.cuda.synchronize(1)
+        assert out.device == key.device
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

@@ -106,7 +106,7 @@ void Residency::note_stream(Stream stream, std::shared_ptr<void> owner) const {
   const std::lock_guard lock(streams_mutex_);
   for (NotedStream& known : streams_) {
     if (known.stream == stream) {
-      if (owner != nullptr) known.owner.swap(owner);
+      if (owner != nullptr && owner != known.owner) known.owner.swap(owner);
       return;
     }
   }

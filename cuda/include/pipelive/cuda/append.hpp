@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "pipelive/attention/kv_view.hpp"
 #include "pipelive/cuda/device_marks.hpp"
@@ -29,9 +30,10 @@ void append(const SlotKernels& kernels, const KVView& kv, const TokenView& key,
             StreamHandle stream, const DeviceMarks* marks = nullptr);
 
 /// The same for a layer of a pool, whose memory is not taken away before `stream` has passed the
-/// launch.
+/// launch. `stream_owner` is kept for as long as the pool may ask about the stream.
 void append(const SlotKernels& kernels, const LayerView& layer, const TokenView& key,
             const TokenView& value, DevicePointer slots, std::int64_t num_slots,
-            StreamHandle stream, const DeviceMarks* marks = nullptr);
+            StreamHandle stream, const DeviceMarks* marks = nullptr,
+            const std::shared_ptr<void>& stream_owner = nullptr);
 
 }  // namespace pipelive::cuda
