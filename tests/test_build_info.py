@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelive_kv import _core
 from pipelive_kv.build_info import BuildInfo, CudaDriver, build_info, cuda_scale
+from tests.cuda_fake import FakeCuda, FakeNvrtc
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,21 +52,37 @@ def test_a_missing_driver_is_reported_not_raised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "problem", "missing"),
+    ("kernels", "kernel_problem", "problem", "missing"),
     [
-        ((), "", "without nvcc"),
-        ((), "no driver", "without nvcc"),
-        (("scale",), "no driver", "no driver"),
-        (("scale",), "", ""),
+        ((), "", "", ""),  # NVRTC does
+        ((), "no NVRTC", "", "without nvcc, and cannot be compiled here: no NVRTC"),
+        ((), "", "no driver", "no driver"),
+        (("scale",), "", "no driver", "no driver"),
+        (("scale",), "", "", ""),
     ],
 )
 def test_names_what_is_missing_for_cuda(
-    kernels: tuple[str, ...], problem: str, missing: str
+    kernels: tuple[str, ...], kernel_problem: str, problem: str, missing: str
 ) -> None:
     driver = CudaDriver(version=None, devices=(), problem=problem)
-    info = dataclasses.replace(build_info(), cuda_kernels=kernels, driver=driver)
+    info = dataclasses.replace(
+        build_info(), cuda_kernels=kernels, kernel_problem=kernel_problem, driver=driver
+    )
     assert (info.cuda_missing == "") == (missing == "")
     assert missing in info.cuda_missing
+
+
+def test_a_build_without_kernels_asks_for_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = _core.build_info()
+    monkeypatch.setattr(_core, "build_info", lambda: {**built, "cuda_kernels": []})
+    fake = FakeCuda()
+    fake.library.fake_driver_version(1000)  # a driver that nothing real suits
+    assert "NVRTC" in build_info(driver_library=fake.path).cuda_missing
+    nvrtc = FakeNvrtc()
+    try:
+        assert build_info(driver_library=fake.path).cuda_missing == ""
+    finally:
+        nvrtc.close()
 
 
 def test_prints_every_field() -> None:
@@ -75,8 +93,6 @@ def test_prints_every_field() -> None:
 
 
 def test_without_driver_the_kernel_check_says_so() -> None:
-    from pipelive_kv import _core
-
     with pytest.raises(_core.DeviceError, match=r"libnot_there\.so\.7|without nvcc"):
         cuda_scale([1.0], 2.0, driver_library="libnot_there.so.7")
 
@@ -92,8 +108,6 @@ def test_kernel_runs_on_the_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.small
 def test_a_device_that_is_not_there_is_refused() -> None:
-    from pipelive_kv import _core
-
     count = len(build_info().driver.devices)
     with pytest.raises(_core.InvalidArgumentError, match=f"device is {count}"):
         cuda_scale([1.0], 2.0, device=count)

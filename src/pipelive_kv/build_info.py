@@ -44,6 +44,8 @@ class BuildInfo:
         cuda_archs: what the kernels were compiled for; "sm_90" is machine code, "compute_100" PTX.
         cuda_kernels: the embedded kernel files, by name.
         cuda_fatbin_bytes: their size together.
+        kernel_problem: why the first CUDA device has no kernels; empty where this build carries
+            them, where NVRTC compiles them instead, or where there is no device.
         driver: the CUDA driver on this machine.
     """
 
@@ -57,6 +59,7 @@ class BuildInfo:
     cuda_archs: tuple[str, ...]
     cuda_kernels: tuple[str, ...]
     cuda_fatbin_bytes: int
+    kernel_problem: str
     driver: CudaDriver
 
     @property
@@ -67,9 +70,12 @@ class BuildInfo:
     @property
     def cuda_missing(self) -> str:
         """What keeps this build from using a CUDA device here; empty if nothing does."""
-        if not self.cuda_compiled:
-            return "CUDA kernels are not in this build: it was compiled without nvcc"
-        return self.driver.problem
+        if self.driver.problem or not self.kernel_problem:
+            return self.driver.problem
+        return (
+            "CUDA kernels are not in this build, which was compiled without nvcc, and cannot be "
+            f"compiled here: {self.kernel_problem}"
+        )
 
     def __str__(self) -> str:
         """Lay the fields out one to a line."""
@@ -93,6 +99,10 @@ def build_info(*, driver_library: str = DRIVER_LIBRARY) -> BuildInfo:
     built = _core.build_info()
     probed = _core.cuda_probe(driver_library)
     version = probed["version"]
+    kernel_problem = ""
+    if not built["cuda_kernels"] and probed["devices"]:
+        cuda_arrays.offer_compilers()
+        kernel_problem = _core.cuda_report(driver_library)["devices"][0]["kernel_problem"]
     return BuildInfo(
         version=built["version"],
         compiler=built["compiler"],
@@ -104,6 +114,7 @@ def build_info(*, driver_library: str = DRIVER_LIBRARY) -> BuildInfo:
         cuda_archs=tuple(built["cuda_archs"]),
         cuda_kernels=tuple(built["cuda_kernels"]),
         cuda_fatbin_bytes=built["cuda_fatbin_bytes"],
+        kernel_problem=kernel_problem,
         driver=CudaDriver(
             version=None if version is None else f"{version // 1000}.{version % 1000 // 10}",
             devices=tuple(probed["devices"]),

@@ -187,7 +187,10 @@ def _missing_driver(problem: str, gpus: tuple[Gpu, ...]) -> list[str]:
 
 def _missing_kernels(built: BuildInfo, gpus: tuple[Gpu, ...]) -> list[str]:
     if not gpus and not built.cuda_kernels:
-        return ["CUDA kernels are not in this build: it was compiled without nvcc"]
+        return [
+            "CUDA kernels are not in this build, which was compiled without nvcc; on a GPU NVRTC "
+            "would have to compile them at first use"
+        ]
     return [
         f"cuda:{gpu.index} ({gpu.name}) has no kernels: {gpu.kernel_problem}"
         for gpu in gpus
