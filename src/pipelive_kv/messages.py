@@ -393,7 +393,10 @@ class Propose(Body, frozen=True):
     epoch: int
     stages: Stages
     record: str
-    """The directory of the decision record, where the scheduler asks if nobody tells it."""
+    """The directory of the decision record, where the scheduler asks if nobody tells it.
+
+    Empty where the record is no directory; the scheduler was given its own way to it then.
+    """
     margin: int
     timeout: float
 

@@ -218,7 +218,9 @@ class Pipeline:
         remote=0,
         **more,
     ):
-        """With an ``endpoint``, the coordinator is somebody else's.
+        """``record_dir`` is a directory, or a record that coordinator and scheduler are given.
+
+        With an ``endpoint``, the coordinator is somebody else's.
 
         The last ``remote`` stages are somebody else's as well; they take part in no step.
         """
@@ -226,15 +228,18 @@ class Pipeline:
         self.random = random.Random(seed)
         self.in_flight = in_flight
         self.coordinator = None
+        own = {"record": record_dir} if hasattr(record_dir, "decide") else {}
         if endpoint is None:
             self.coordinator = pk.Coordinator(
                 pk.ControlEndpoint("tcp://127.0.0.1:*", pk.ControlKey.generate()),
                 pp_size=len(counts),
-                record_dir=record_dir,
+                **(own or {"record_dir": record_dir}),
             )
             endpoint = self.coordinator.endpoint
         self.allocator = pk.BlockAllocator(max_blocks, capacity)
-        self.scheduler = pk.Scheduler(self.placement, allocator=self.allocator, control=endpoint)
+        self.scheduler = pk.Scheduler(
+            self.placement, allocator=self.allocator, control=endpoint, **own
+        )
         self.scheduler.on_remap(self._remap)
         self.workers = [
             StageWorker(

@@ -1,5 +1,6 @@
 """When rounds of patches are enough, when the engine is asked for less, and when it is given up."""
 
+import errno
 import math
 import os
 import threading
@@ -155,7 +156,7 @@ def _move(p, counts, on_phase=None, **options):
         options=pk.MigrationOptions(**{"max_stop_ms": 100, **options}),
         on_phase=on_phase,
     )
-    while not job.phase.is_final:
+    while not job.is_over:
         _step(p)
     return job
 
@@ -245,6 +246,62 @@ def test_a_pause_before_the_decision(pipeline):
         _step(pipeline)
     job.wait(timeout=1)
     pipeline.check(pk.Placement.from_counts([2, 4]))
+
+
+class Disk(pk.FileDecisionRecord):
+    """A record on a disk that may be full."""
+
+    full = False
+
+    def decide(self, decision):
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
+        return super().decide(decision)
+
+
+def test_a_decision_that_cannot_be_recorded(tmp_path):
+    disk = Disk(tmp_path)
+    pipeline = Pipeline([4, 2], disk, seed=os.getpid())
+    try:
+        pipeline.run(10)
+        _move(pipeline, [3, 3]).wait(timeout=1)
+        before = [worker.pool.page_pool.stats().used_bytes for worker in pipeline.workers]
+        disk.full = True
+        for _ in range(2):
+            job = _move(pipeline, [2, 4])
+            assert job.phase is pk.Phase.ABORTED
+            with pytest.raises(pk.PipeliveError, match=f"in phase armed.*No space.*{tmp_path}"):
+                job.wait(timeout=1)
+            for _ in range(10):
+                _step(pipeline)
+            pipeline.check(pk.Placement.from_counts([3, 3]))
+            after = [worker.pool.page_pool.stats().used_bytes for worker in pipeline.workers]
+            assert after == before
+        disk.full = False
+        _move(pipeline, [2, 4]).wait(timeout=1)
+        pipeline.check(pk.Placement.from_counts([2, 4]))
+    finally:
+        pipeline.close()
+
+
+def test_a_record_that_only_the_coordinator_has(tmp_path):
+    pipeline = Pipeline([4, 2], Disk(tmp_path), seed=os.getpid())
+    try:
+        pipeline.scheduler._record = None
+        with pytest.raises(pk.InvalidArgumentError, match="record is not given"):
+            _move(pipeline, [2, 4]).wait(timeout=1)
+        pipeline.check(pk.Placement.from_counts([4, 2]))
+    finally:
+        pipeline.close()
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_coordinator_has_one_record(tmp_path, both):
+    given = {"record": Disk(tmp_path), "record_dir": tmp_path} if both else {}
+    with pytest.raises(pk.InvalidArgumentError, match="expected one of them"):
+        pk.Coordinator(
+            pk.ControlEndpoint("tcp://127.0.0.1:*", pk.ControlKey.generate()), pp_size=2, **given
+        )
 
 
 def test_a_pause_can_be_cancelled(pipeline):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipelive_kv.control import ControlEndpoint, ControlServer
 from pipelive_kv.coordinator.agreement import check_agreement, check_joined
@@ -29,7 +30,7 @@ from pipelive_kv.errors import (
 from pipelive_kv.messages import Observe, Progress
 from pipelive_kv.placement import Placement
 from pipelive_kv.protocol import Phase
-from pipelive_kv.record import Decision, FileDecisionRecord
+from pipelive_kv.record import Decision, DecisionRecord, FileDecisionRecord
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Coordinator:
         control: where to listen; see :attr:`endpoint` for the port that ``tcp://host:*`` became.
         pp_size: the number of stages at the start; see :meth:`add_stage` for more.
         record_dir: where decisions are recorded; the scheduler must see the same directory.
+        record: where they are recorded instead; the scheduler is given one that reads the same.
         ranks: of the stages that there are, for a coordinator that takes the place of one under
             which some have joined or left; None: 0 to ``pp_size - 1``.
     """
@@ -62,7 +64,8 @@ class Coordinator:
         control: ControlEndpoint,
         *,
         pp_size: int,
-        record_dir: str | os.PathLike[str],
+        record_dir: str | os.PathLike[str] | None = None,
+        record: DecisionRecord | None = None,
         ranks: Iterable[int] | None = None,
     ) -> None:
         if pp_size < 1:
@@ -70,8 +73,12 @@ class Coordinator:
         self._ranks = tuple(range(pp_size)) if ranks is None else tuple(sorted(set(ranks)))
         if not self._ranks or self._ranks[0] < 0:
             raise InvalidArgumentError(f"ranks is {self._ranks}, expected some of 0 or more")
-        self._record = FileDecisionRecord(record_dir)
-        self._record_dir = str(self._record.directory.absolute())
+        if (record_dir is None) == (record is None):
+            raise InvalidArgumentError(
+                f"record_dir is {record_dir} and record is {record}, expected one of them"
+            )
+        self._record_dir = "" if record_dir is None else str(Path(record_dir).absolute())
+        self._record = record or FileDecisionRecord(self._record_dir)
         self._server = ControlServer(control)
         self._lock = threading.Lock()
         self._job: Job | None = None

@@ -48,6 +48,9 @@ _NOTICE_WITHIN = 1.0
 class Ending:
     """What is left to do for one epoch, whoever began it: its coordinator or the next one."""
 
+    _decides = False
+    """Whether this is what records a commit, so that without it there is none."""
+
     def __init__(
         self,
         fanout: Fanout,
@@ -140,7 +143,7 @@ class Ending:
         if not self._report.dry_run:
             job.fail(self.explained(error))
         job.enter(Phase.ABORTING)
-        decision = self._record.decide(Decision(self.epoch, "abort", reason=str(error)))
+        decision = self._decided(Decision(self.epoch, "abort", reason=str(error)))
         job.course.recorded = decision.outcome
         if decision.outcome == "commit":
             self._report.step = decision.step
@@ -150,6 +153,22 @@ class Ending:
             return
         self._take_back(str(error))
         job.enter(Phase.ABORTED)
+
+    def _decided(self, abort: Decision) -> Decision:
+        """What is recorded; ``abort`` if nothing is and nothing can be.
+
+        Only the coordinator that runs the epoch records a commit. Where it finds none, there is
+        none, and it may tell everybody without a record. A later coordinator has to have one: the
+        earlier one may still be about to commit.
+        """
+        try:
+            return self._record.decide(abort)
+        except Exception as error:
+            if not self._decides:
+                raise
+            found = self._record.read(abort.epoch)
+            _log.error("the abort of epoch %d could not be recorded: %s", abort.epoch, error)
+            return found or abort
 
     def _take_back(self, reason: str) -> None:
         """Every step is tried, whatever the others did."""

@@ -64,6 +64,8 @@ class Wave:
 class Reconfiguration(Ending):
     """One reconfiguration from the beginning."""
 
+    _decides = True
+
     resume = False
     """Whether the stages have kept the layers that they gain."""
 

@@ -13,6 +13,7 @@ from pipelive_kv.control import ControlClient, ControlEndpoint
 from pipelive_kv.errors import (
     ClosedError,
     InvalidArgumentError,
+    PipeliveError,
     ProtocolError,
 )
 from pipelive_kv.messages import (
@@ -375,9 +376,16 @@ class Scheduler:
 
     def _ask_record(self, switch: Switch) -> None:
         """Nobody told the outcome in time: whoever writes the record first has decided."""
-        decision = switch.record.decide(
-            Decision(switch.epoch, "abort", reason="the scheduler reached the step without word")
+        abort = Decision(
+            switch.epoch, "abort", reason="the scheduler reached the step without word"
         )
+        try:
+            decision = switch.record.decide(abort)
+        except OSError as error:
+            raise PipeliveError(
+                f"whether step {switch.step} begins epoch {switch.epoch} was not told, and the "
+                f"record cannot be used: {error}"
+            ) from error
         self._obey(decision)
 
     def _obey(self, decision: Decision) -> None:
@@ -471,6 +479,11 @@ class Scheduler:
 
     def _propose(self, request: Propose) -> Proposed:
         placement = Placement(request.stages)
+        if self._record is None and not request.record:
+            raise InvalidArgumentError(
+                "record is not given, expected the one in which the coordinator records decisions"
+            )
+        record = self._record or FileDecisionRecord(request.record)
         with self._lock:
             state = self._state
             margin = 0 if state.held_by is not None else request.margin
@@ -481,7 +494,7 @@ class Scheduler:
                     epoch=request.epoch,
                     placement=placement,
                     step=state.next_seq + margin,
-                    record=self._record or FileDecisionRecord(request.record),
+                    record=record,
                     ends_at=time.monotonic() + request.timeout,
                 )
             self._wake()
