@@ -25,6 +25,16 @@ EPOCH = 1
 SPEC = pk.KVSpec(num_kv_heads=1, head_dim=8, dtype="float32", block_size=BLOCK_SIZE)
 
 
+class Untouched:
+    """A decision record for where everything is told in time."""
+
+    def decide(self, decision):
+        raise AssertionError(f"asked to record {decision}")
+
+    def read(self, epoch):
+        raise AssertionError(f"asked for epoch {epoch}")
+
+
 class BlockedError(Exception):
     """A gate is closed."""
 
@@ -115,7 +125,7 @@ class World:
         self.allocator = pk.BlockAllocator(MAX_BLOCKS, MAX_BLOCKS)
         self.narrows = narrows
         self.scheduler = pk.Scheduler(
-            self.old, allocator=self.allocator, defers_hazards=not narrows
+            self.old, allocator=self.allocator, defers_hazards=not narrows, record=Untouched()
         )
         self.size = len(old)
         self.pools = []

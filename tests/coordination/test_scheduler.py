@@ -67,9 +67,12 @@ def test_what_another_thread_tells_counts_from_the_next_stamp_on():
     made.close()
 
 
-def test_steps_under_way_at_the_switchover_are_hazards():
+def test_steps_under_way_at_the_switchover_are_hazards(tmp_path):
     made = pk.Scheduler(
-        pk.Placement.from_counts([2, 2]), allocator=pk.BlockAllocator(32, 16), defers_hazards=True
+        pk.Placement.from_counts([2, 2]),
+        allocator=pk.BlockAllocator(32, 16),
+        defers_hazards=True,
+        record=pk.FileDecisionRecord(tmp_path),
     )
     for _ in range(3):
         made.stamp()
