@@ -12,6 +12,10 @@ from pipelive_kv.errors import DeadlineError, PipeliveError
 
 _POLL_S = 0.02
 
+_GRACE_S = 90.0
+"""Seconds past the deadline until an outcome is there: what is decided is still completed, and a
+lease's way back takes up to a minute."""
+
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
     refused = answer.get("refused")
@@ -25,16 +29,6 @@ def _error(found: dict[str, str]) -> PipeliveError:
     return kind(found["message"]) if issubclass(kind, PipeliveError) else PipeliveError(str(found))
 
 
-def _outcome(answer: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished job's report, None while it runs; raises why it failed."""
-    job: dict[str, Any] = answer["job"]
-    if not job["final"]:
-        return None
-    if job["error"] is not None:
-        raise _error(job["error"])
-    return job
-
-
 def _caller(llm: Any) -> Callable[..., Any]:
     client = llm.llm_engine.engine_core
     if hasattr(client, "call_utility"):
@@ -43,13 +37,50 @@ def _caller(llm: Any) -> Callable[..., Any]:
     return lambda method, *args: getattr(client.engine_core, method)(*args)
 
 
-def status(llm: Any) -> dict[str, Any]:
-    """Where an ``LLM`` stands: its split, its blocks, and its last reconfiguration.
+class _Waiting:
+    """One caller's wait for the outcome of its own reconfiguration."""
+
+    def __init__(self, answer: dict[str, Any], timeout: float) -> None:
+        self.answer = answer
+        self.number: int = answer["job"]["number"]
+        self._within = timeout + _GRACE_S
+        self._ends_at = time.monotonic() + self._within
+
+    def is_over(self) -> bool:
+        """Whether the outcome is there.
+
+        Raises:
+            DeadlineError: it has not come for so long that it never may.
+        """
+        if self.answer["job"]["final"]:
+            return True
+        if time.monotonic() > self._ends_at:
+            raise DeadlineError(
+                f"reconfiguration {self.number} has no outcome after {self._within:g} s; it is in "
+                f"phase {self.answer['job']['phase']}"
+            )
+        return False
+
+
+def _report(answer: dict[str, Any]) -> dict[str, Any]:
+    job: dict[str, Any] = answer["job"]
+    if job["error"] is not None:
+        raise _error(job["error"])
+    return job
+
+
+def status(llm: Any, job: int | None = None) -> dict[str, Any]:
+    """Where an ``LLM`` stands: its split, its blocks, and a reconfiguration.
+
+    Args:
+        llm: a ``vllm.LLM``.
+        job: the number of a reconfiguration, one of the last few; default: the last.
 
     Raises:
-        InvalidArgumentError: the engine was started without the plugin's options.
+        InvalidArgumentError: the engine was started without the plugin's options, or there is no
+            reconfiguration of that number, or no longer.
     """
-    return _checked(_caller(llm)("pipelive_status"))
+    return _checked(_caller(llm)("pipelive_status", job))
 
 
 def cancel(llm: Any) -> dict[str, Any]:
@@ -73,7 +104,8 @@ def reconfigure(
         llm: a ``vllm.LLM`` that was started with the plugin's options.
         layers: layers on each rank, 1 or more each.
         timeout: seconds for the whole reconfiguration.
-        wait: answer when it is done, with its report; otherwise at once, with the status.
+        wait: answer when it is done, with its report; otherwise at once, with the status, whose
+            ``["job"]["number"]`` asks :func:`status` for the outcome.
         options: fields of :class:`pipelive_kv.MigrationOptions`.
 
     Raises:
@@ -83,21 +115,18 @@ def reconfigure(
     """
     call = _caller(llm)
     answer = _checked(call("pipelive_reconfigure", list(layers), timeout, options))
-    ends_at = time.monotonic() + timeout + 30
-    while wait:
-        report = _outcome(answer)
-        if report is not None:
-            return report
-        if time.monotonic() > ends_at:
-            raise DeadlineError(f"no outcome after {timeout + 30:g} s: {answer['job']}")
+    if not wait:
+        return answer
+    waiting = _Waiting(answer, timeout)
+    while not waiting.is_over():
         time.sleep(_POLL_S)
-        answer = _checked(call("pipelive_status"))
-    return answer
+        waiting.answer = _checked(call("pipelive_status", waiting.number))
+    return _report(waiting.answer)
 
 
-async def status_async(engine: Any) -> dict[str, Any]:
+async def status_async(engine: Any, job: int | None = None) -> dict[str, Any]:
     """:func:`status` for an ``AsyncLLM``."""
-    return _checked(await engine.engine_core.call_utility_async("pipelive_status"))
+    return _checked(await engine.engine_core.call_utility_async("pipelive_status", job))
 
 
 async def cancel_async(engine: Any) -> dict[str, Any]:
@@ -116,13 +145,19 @@ async def reconfigure_async(
     """:func:`reconfigure` for an ``AsyncLLM``."""
     call = engine.engine_core.call_utility_async
     answer = _checked(await call("pipelive_reconfigure", list(layers), timeout, options))
-    ends_at = time.monotonic() + timeout + 30
-    while wait:
-        report = _outcome(answer)
-        if report is not None:
-            return report
-        if time.monotonic() > ends_at:
-            raise DeadlineError(f"no outcome after {timeout + 30:g} s: {answer['job']}")
+    if not wait:
+        return answer
+    return _report(await ended_async(engine, answer, timeout))
+
+
+async def ended_async(engine: Any, answer: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """The status once the reconfiguration that ``answer`` is about has ended, however it did.
+
+    Raises:
+        DeadlineError: it has not, long after its ``timeout`` seconds.
+    """
+    waiting = _Waiting(answer, timeout)
+    while not waiting.is_over():
         await asyncio.sleep(_POLL_S)
-        answer = _checked(await call("pipelive_status"))
-    return answer
+        waiting.answer = await status_async(engine, waiting.number)
+    return waiting.answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import msgspec
 
 from pipelive_kv.control import ControlEndpoint, ControlKey
-from pipelive_kv.coordinator import Coordinator, Job, MigrationOptions
+from pipelive_kv.coordinator import Coordinator, MigrationOptions
 from pipelive_kv.engines.vllm.blocks import VllmBlocks
 from pipelive_kv.engines.vllm.config import KEY, Options
+from pipelive_kv.engines.vllm.jobs import Jobs
 from pipelive_kv.engines.vllm.worker import STAMP, start_stage
 from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
 from pipelive_kv.placement import Placement
@@ -49,9 +49,7 @@ class CoreState:
         self._scheduler = Scheduler(
             Placement.from_counts(counts), allocator=self._blocks, control=endpoint
         )
-        self._job: Job | None = None
-        self._started = 0.0
-        self.moves = {"done": 0, "failed": 0}
+        self.jobs = Jobs()
         self.memory = core.model_executor.collective_rpc(
             partial(start_stage, address=endpoint.address, key=key.to_bytes(), counts=counts)
         )
@@ -67,7 +65,7 @@ class CoreState:
         def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
             stamp = self._scheduler.stamp()
             output = schedule(*args, **kwargs)
-            if self._job is not None and not self._job.phase.is_final:
+            if self.jobs.is_under_way:
                 touches, writes = self._blocks_of(output)
                 stamp = self._scheduler.narrow(stamp, touches=touches, writes=writes)
             setattr(output, STAMP, stamp)
@@ -129,34 +127,26 @@ class CoreState:
             raise InvalidArgumentError(
                 f"weights_from is {chosen.weights_from!r}, expected 'source': vLLM packs weights"
             )
-        self._job = self._coordinator.reconfigure(
-            Placement.from_counts(counts), timeout=timeout, options=chosen
+        self.jobs.add(
+            self._coordinator.reconfigure(
+                Placement.from_counts(counts), timeout=timeout, options=chosen
+            )
         )
-        self._started = time.monotonic()
 
-    def cancel(self) -> None:
-        """Give the reconfiguration under way up, unless it is decided."""
-        if self._job is not None:
-            self._job.cancel()
+    def status(self, number: int | None = None) -> dict[str, Any]:
+        """Where the engine and a reconfiguration stand, by default the last one.
 
-    def proceed(self) -> None:
-        """Let a reconfiguration that was begun with ``pause`` be decided."""
-        if self._job is not None:
-            self._job.proceed()
-
-    def status(self) -> dict[str, Any]:
-        """Where the engine and its last reconfiguration stand."""
+        Raises:
+            InvalidArgumentError: there is none of that number, or no longer.
+        """
         live = len(self._blocks.live())
-        found: dict[str, Any] = {
+        return {
             "layers": list(self._scheduler.placement.counts),
             "epoch": self._scheduler.epoch,
             "step": self._scheduler.next_seq - 1,
             "blocks": {"capacity": self._blocks.capacity, "live": live},
-            "job": None,
+            "job": self.jobs.describe(number),
         }
-        if self._job is not None:
-            found["job"] = _describe(self._job)
-        return found
 
     def close(self) -> None:
         """Leave the control plane. May be called twice."""
@@ -164,33 +154,6 @@ class CoreState:
         self._coordinator.close()
         if self._directory is not None:
             self._directory.cleanup()
-
-
-def _describe(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = {"phase": job.phase.value, "final": job.phase.is_final, "error": None}
-    try:
-        report = job.wait(timeout=0) if job.phase.is_final else job.report
-    except PipeliveError as error:
-        found["error"] = {"type": type(error).__name__, "message": str(error)}
-        try:
-            report = job.report
-        except PipeliveError:
-            return found
-    found |= {
-        "from": list(report.old.counts),
-        "to": list(report.new.counts),
-        "switched_at_step": report.step,
-        "stop_ms": report.stop_s * 1e3,
-        "seconds": report.seconds,
-        "bytes_moved": report.bytes_moved,
-        "rounds": len(report.rounds),
-        "blocks_moved": report.blocks_moved,
-        "capacity": [report.capacity_before, report.capacity_during, report.capacity_after],
-        "phases_ms": {
-            span.phase.value: (span.end_ns - span.start_ns) / 1e6 for span in report.phases
-        },
-    }
-    return found
 
 
 def _counts(config: Any) -> list[int]:
@@ -231,7 +194,7 @@ def pipelive_cancel(core: Any) -> dict[str, Any]:
     """Give the reconfiguration under way up."""
     try:
         state = _state(core)
-        state.cancel()
+        state.jobs.cancel()
         return state.status()
     except PipeliveError as error:
         return _refusal(error)
@@ -241,16 +204,16 @@ def pipelive_proceed(core: Any) -> dict[str, Any]:
     """Let a paused reconfiguration be decided."""
     try:
         state = _state(core)
-        state.proceed()
+        state.jobs.proceed()
         return state.status()
     except PipeliveError as error:
         return _refusal(error)
 
 
-def pipelive_status(core: Any) -> dict[str, Any]:
-    """Where the engine stands."""
+def pipelive_status(core: Any, number: int | None = None) -> dict[str, Any]:
+    """Where the engine stands, and a reconfiguration, by default the last one."""
     try:
-        return _state(core).status()
+        return _state(core).status(number)
     except PipeliveError as error:
         return _refusal(error)
 

@@ -2,8 +2,8 @@
 
 ``POST /pipelive/reconfigure`` ``{"layers": [20, 10], "timeout": 60, "wait": true, "options": {}}``,
 ``POST /pipelive/cancel``, ``POST /pipelive/proceed`` (for one begun with the option ``pause``) and
-``GET /pipelive/status``. All ask for the server's API key, which vLLM
-itself does only below ``/v1``.
+``GET /pipelive/status?job=3`` (without a number: the last). All ask for the server's API key, which
+vLLM itself does only below ``/v1``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 
 from pipelive_kv.engines.vllm.api import (
     cancel_async,
+    ended_async,
     proceed_async,
     reconfigure_async,
     status_async,
@@ -43,7 +44,7 @@ class PipeliveEndpoints:
         self._engine: Any = None
         self._metrics: Metrics | None = None
         self._tokens: list[str] = []
-        self._watchers: set[asyncio.Task[None]] = set()
+        self._watchers: set[asyncio.Task[dict[str, Any]]] = set()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keep the engine's client and the server's API keys."""
@@ -112,7 +113,10 @@ class PipeliveEndpoints:
         return bool(checker.verify_token(request.headers))
 
     async def _status(self, request: Any) -> dict[str, Any]:
-        return await status_async(self._engine)
+        wanted = request.query_params.get("job")
+        if wanted is not None and not wanted.isdecimal():
+            raise InvalidArgumentError(f"job is {wanted!r}, expected a reconfiguration's number")
+        return await status_async(self._engine, None if wanted is None else int(wanted))
 
     async def _cancel(self, request: Any) -> dict[str, Any]:
         return await cancel_async(self._engine)
@@ -130,26 +134,25 @@ class PipeliveEndpoints:
         answer = await reconfigure_async(
             self._engine, wish.layers, timeout=wish.timeout, wait=False, **wish.options
         )
-        watcher = asyncio.ensure_future(self._watch())
+        watcher = asyncio.ensure_future(self._watch(answer, wish.timeout))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._forget)
         if wish.wait:
             # Shielded: a client that goes away leaves the reconfiguration, and its metrics, going.
-            await asyncio.shield(watcher)
-            answer = await status_async(self._engine)
+            answer = await asyncio.shield(watcher)
             error = answer["job"]["error"]
             if error is not None:
                 raise PipeliveError(f"{error['type']}: {error['message']}")
-        else:
-            self._watchers.add(watcher)
-            watcher.add_done_callback(self._watchers.discard)
         return answer
 
-    async def _watch(self) -> None:
-        while True:
-            found = await status_async(self._engine)
-            job = found["job"]
-            if job["final"]:
-                break
-            await asyncio.sleep(0.02)
+    def _forget(self, watcher: asyncio.Task[dict[str, Any]]) -> None:
+        self._watchers.discard(watcher)
+        if not watcher.cancelled():
+            watcher.exception()  # told to whoever waited; nobody may have
+
+    async def _watch(self, answer: dict[str, Any], timeout: float) -> dict[str, Any]:
+        found = await ended_async(self._engine, answer, timeout)
         if self._metrics is not None:
-            self._metrics.ended(job if job["error"] is None else None)
+            self._metrics.ended(found["job"] if found["job"]["error"] is None else None)
             self._metrics.standing(found)
+        return found

@@ -1,0 +1,123 @@
+"""The numbers of reconfigurations, and the waits for their outcomes; no engine is started here."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+import pipelive_kv.engines.vllm as live
+from pipelive_kv import DeadlineError, InvalidArgumentError, PipeliveError, Placement
+from pipelive_kv.coordinator import Job, Report
+from pipelive_kv.engines.vllm import api
+from pipelive_kv.engines.vllm.jobs import KEPT, Jobs
+from pipelive_kv.protocol import Phase
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def job(to: tuple[int, ...] = (2, 4)) -> Job:
+    found = Job(60.0)
+    found.begin(Report(1, Placement.from_counts([3, 3]), Placement.from_counts(to), ()))
+    return found
+
+
+def failed(text: str) -> Job:
+    found = job()
+    found.fail(PipeliveError(text))
+    found.enter(Phase.ABORTED)
+    return found
+
+
+class Engine:
+    """An ``AsyncLLM`` as far as the calls go; ``polled`` is told each number asked for."""
+
+    def __init__(self, polled=lambda number: None):
+        self.jobs, self.begun, self._polled = Jobs(), job(), polled
+        self.engine_core = self
+
+    async def call_utility_async(self, method, *args):
+        if method == "pipelive_reconfigure":
+            return {"job": self.jobs.describe(self.jobs.add(self.begun))}
+        assert method == "pipelive_status"
+        self._polled(args[0])
+        return {"job": self.jobs.describe(args[0])}
+
+
+def test_each_has_a_number_and_the_last_few_are_kept():
+    jobs = Jobs()
+    assert jobs.describe() is None
+    with pytest.raises(InvalidArgumentError, match="job is 1, expected none"):
+        jobs.describe(1)
+    for number in range(1, KEPT + 3):
+        assert jobs.add(failed(f"no {number}")) == number
+    assert jobs.describe()["number"] == KEPT + 2
+    for number in range(3, KEPT + 3):
+        assert jobs.describe(number)["error"]["message"] == f"no {number}"
+    for number in (0, 2, KEPT + 3):
+        with pytest.raises(InvalidArgumentError, match=f"job is {number}, expected 3 to"):
+            jobs.describe(number)
+
+
+def test_one_that_is_over_in_no_final_phase_is_over():
+    jobs, lost = Jobs(), job()
+    jobs.add(lost)
+    assert jobs.is_under_way
+    assert not jobs.describe()["final"]
+    lost.fail(PipeliveError("the record cannot be written"))
+    lost.end()
+    found = jobs.describe()
+    assert (found["phase"], found["final"]) == ("planned", True)
+    assert found["error"]["message"] == "the record cannot be written"
+    assert not jobs.is_under_way
+
+
+def test_one_that_has_not_been_planned_yet_shows_no_error():
+    jobs = Jobs()
+    jobs.add(Job(60.0))
+    assert jobs.describe() == {"number": 1, "phase": "planned", "final": False, "error": None}
+
+
+def test_a_caller_gets_the_outcome_of_its_own_reconfiguration():
+    def next_one(number: int) -> None:
+        if len(asked) == 0:
+            engine.begun.fail(PipeliveError("mine"))
+            engine.begun.enter(Phase.ABORTED)
+            engine.jobs.add(failed("another's"))
+        asked.append(number)
+
+    asked: list[int] = []
+    engine = Engine(next_one)
+    with pytest.raises(PipeliveError, match="mine"):
+        asyncio.run(live.reconfigure_async(engine, [2, 4]))
+    assert asked == [1]
+
+
+def test_no_wait_is_for_ever(monkeypatch):
+    monkeypatch.setattr(api, "_GRACE_S", 0.05)
+    engine = Engine()
+    with pytest.raises(DeadlineError, match=r"reconfiguration 1 has no outcome .* phase planned"):
+        asyncio.run(live.reconfigure_async(engine, [2, 4], timeout=0.01))
+    core = SimpleNamespace(call_utility=lambda *call: asyncio.run(engine.call_utility_async(*call)))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    with pytest.raises(DeadlineError, match="reconfiguration 2 has no outcome"):
+        live.reconfigure(llm, [2, 4], timeout=0.01)
+
+
+def test_the_server_s_wait_ends_too(monkeypatch):
+    from pipelive_kv.engines.vllm.routes import PipeliveEndpoints
+
+    async def body():
+        return b'{"layers": [2, 4], "timeout": 0.01}'
+
+    async def call():
+        routes = PipeliveEndpoints()
+        routes._engine = engine
+        return await routes._answer(SimpleNamespace(body=body), routes._reconfigure)
+
+    monkeypatch.setattr(api, "_GRACE_S", 0.05)
+    engine = Engine()
+    found, code = asyncio.run(call())
+    assert code != 200
+    assert found["type"] == "DeadlineError"
