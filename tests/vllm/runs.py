@@ -135,6 +135,10 @@ class Engine:
         until(lambda: self.status()["job"]["final"])
         return self.status()
 
+    def lease_ended(self) -> None:
+        """Wait until other moves than the way back may begin."""
+        until(lambda: (self.status()["job"]["lease"] or {"final": True})["final"])
+
     def await_phase(self, phase: str) -> str:
         """Wait until the reconfiguration is in that phase or past it; the one it is in."""
         order = [found.value for found in Phase]  # in the protocol's order

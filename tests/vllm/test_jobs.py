@@ -76,7 +76,25 @@ def test_one_that_is_over_in_no_final_phase_is_over():
 def test_one_that_has_not_been_planned_yet_shows_no_error():
     jobs = Jobs()
     jobs.add(Job(60.0))
-    assert jobs.describe() == {"number": 1, "phase": "planned", "final": False, "error": None}
+    assert jobs.describe() == {
+        "number": 1,
+        "phase": "planned",
+        "final": False,
+        "error": None,
+        "lease": None,
+    }
+
+
+def test_a_cancel_lets_a_lease_go():
+    jobs, done = Jobs(), job()
+    jobs.add(done)
+    done.lease = Job(60.0)
+    done.end()
+    assert jobs.describe()["lease"] == {"phase": "planned", "final": False}
+    jobs.cancel()
+    assert done.lease.cancelled
+    done.lease.end()
+    assert jobs.describe()["lease"]["final"]
 
 
 def test_a_caller_gets_the_outcome_of_its_own_reconfiguration():

@@ -40,9 +40,10 @@ def engine(tiny_llama):
 def nothing_is_left_under_way(engine):
     yield
     job = engine.status()["job"]
-    if job is not None and not job["final"]:
+    if job is not None and not (job["final"] and (job["lease"] is None or job["lease"]["final"])):
         engine.cancel()
         engine.ended()
+        engine.lease_ended()
 
 
 def test_tokens_are_the_same_over_ten_random_moves(engine):
@@ -84,6 +85,22 @@ def test_a_lease_takes_the_old_split_up_again(engine):
     assert engine.status()["layers"] == old
     assert back["bytes_moved"] <= there["bytes_moved"]
     assert engine.generate(wanted, 200) == expected
+
+
+def test_a_lease_can_be_let_go(engine):
+    wanted = prompts(3, seed=13)
+    expected = engine.unmoved(wanted, 200)
+    streams = [engine.submit(prompt, 200) for prompt in wanted]
+    streams[0].await_tokens(5)
+    engine.reconfigure(engine.elsewhere(), lease_steps=100_000)
+    with pytest.raises(BusyError):
+        engine.reconfigure([1, 5])
+    assert not engine.status()["job"]["lease"]["final"]
+    engine.cancel()
+    engine.lease_ended()
+    engine.reconfigure([1, 5])
+    assert [stream.result() for stream in streams] == expected
+    assert engine.status()["layers"] == [1, 5]
 
 
 def test_cached_blocks_that_nobody_uses_move_too(engine):

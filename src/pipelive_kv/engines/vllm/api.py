@@ -84,7 +84,11 @@ def status(llm: Any, job: int | None = None) -> dict[str, Any]:
 
 
 def cancel(llm: Any) -> dict[str, Any]:
-    """Give the reconfiguration under way up, unless it is decided; answers the status."""
+    """Give the reconfiguration under way up, unless it is decided; answers the status.
+
+    A lease, begun with the option ``lease_steps``, is let go, so that other moves can begin once
+    ``["job"]["lease"]["final"]`` says so.
+    """
     return _checked(_caller(llm)("pipelive_cancel"))
 
 

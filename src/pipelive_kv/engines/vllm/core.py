@@ -191,7 +191,7 @@ def pipelive_reconfigure(
 
 
 def pipelive_cancel(core: Any) -> dict[str, Any]:
-    """Give the reconfiguration under way up."""
+    """Give the reconfiguration under way up, and let its lease go."""
     try:
         state = _state(core)
         state.jobs.cancel()

@@ -36,9 +36,10 @@ class Jobs:
         return self.last is not None and not self.last.is_over
 
     def cancel(self) -> None:
-        """Give the one under way up, unless it is decided."""
+        """Give the one under way up, unless it is decided, and let its lease go."""
         if self.last is not None:
-            self.last.cancel()
+            for one in filter(None, (self.last, self.last.lease)):
+                one.cancel()
 
     def proceed(self) -> None:
         """Let one that was begun with ``pause`` be decided."""
@@ -62,10 +63,22 @@ class Jobs:
         return None if job is None else {"number": number, **_describe(job)}
 
 
+def _lease(lease: Job | None) -> dict[str, Any] | None:
+    """How the way back stands; no other move begins before it is taken or over."""
+    if lease is None:
+        return None
+    return {"phase": lease.phase.value, "final": lease.is_over}
+
+
 def _describe(job: Job) -> dict[str, Any]:
     # A job whose record cannot be written is over in whatever phase it is in.
     over = job.is_over
-    found: dict[str, Any] = {"phase": job.phase.value, "final": over, "error": None}
+    found: dict[str, Any] = {
+        "phase": job.phase.value,
+        "final": over,
+        "error": None,
+        "lease": _lease(job.lease),
+    }
     if over:
         try:
             job.wait(timeout=0)
