@@ -75,3 +75,20 @@ def test_a_layout_that_tears_blocks_apart_is_refused():
 
     with pytest.raises(InvalidArgumentError, match="the KV cache layout is LHBNC"):
         as_vllm_sees(torch.zeros(3, 2, 2, 4, 8), KVCacheLayout.LHBNC)
+
+
+@pytest.mark.parametrize(("stored", "served"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_layer_counts_as_it_is_served_and_not_as_it_is_stored(stored, served, tmp_path):
+    import torch
+
+    from pipelive_kv.engines.vllm.layers import served_bytes
+    from pipelive_kv.models.tiny import tiny_model
+    from pipelive_kv.weights import SafetensorsSource, TensorSpec
+
+    path = tiny_model("qwen2", tmp_path, dtype=stored)
+    layout = SafetensorsSource(path, prefix="model.layers.").layout(0)
+    as_served = SafetensorsSource(path, prefix="model.layers.", dtype=served).layout(0)
+    found = served_bytes(layout, getattr(torch, served))
+    assert found == sum(spec.nbytes for spec in as_served)
+    assert found != sum(spec.nbytes for spec in layout)
+    assert served_bytes([TensorSpec("ids", "int64", (3,))], torch.bfloat16) == 24

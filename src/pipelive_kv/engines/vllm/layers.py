@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from pipelive_kv.errors import InvalidArgumentError
 from pipelive_kv.placement import Placement
 from pipelive_kv.stage import EngineHooks, LayerWeights
-from pipelive_kv.weights import SafetensorsSource, WeightsError
+from pipelive_kv.weights import SafetensorsSource, TensorSpec, WeightsError
 
 _SHORT_TURN_S = 0.0003
 
@@ -62,7 +63,8 @@ class VllmLayers(EngineHooks):
                     f"{self._attention_name(layer)}"
                 )
         self._source = SafetensorsSource(
-            _checkpoint(runner.model_config), prefix=f"{self.factory.prefix}."
+            _checkpoint(runner.model_config),
+            prefix=f"{self.factory.prefix}.",
         )
         if self._source.num_layers != self.factory.num_layers:
             raise InvalidArgumentError(
@@ -70,7 +72,7 @@ class VllmLayers(EngineHooks):
                 f"{self.factory.prefix}.N, the model {self.factory.num_layers}"
             )
         self._bytes = tuple(
-            sum(spec.nbytes for spec in self._source.layout(layer))
+            served_bytes(self._source.layout(layer), runner.model_config.dtype)
             for layer in range(self.factory.num_layers)
         )
         self._built: dict[int, Any] = {}
@@ -86,7 +88,7 @@ class VllmLayers(EngineHooks):
         return tuple(sorted(self._held))
 
     def layer_bytes(self, layer: int) -> int:
-        """Bytes of the layer's weights in the checkpoint; vLLM's packed form is as large."""
+        """Bytes of the layer's weights in the model's dtype; vLLM's packed form is as large."""
         return self._bytes[layer]
 
     def add(self, layer: int) -> None:
@@ -307,6 +309,14 @@ def _checkpoint(model_config: Any) -> Path:
 
     return Path(
         snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True)
+    )
+
+
+def served_bytes(layout: Iterable[TensorSpec], dtype: Any) -> int:
+    """Bytes of a layer's tensors once they are loaded: floating point ones in the model's dtype."""
+    return sum(
+        math.prod(spec.shape) * dtype.itemsize if "float" in spec.dtype else spec.nbytes
+        for spec in layout
     )
 
 

@@ -195,7 +195,7 @@ def start_stage(worker: Any, address: str, key: bytes, counts: list[int]) -> dic
 
 
 def memory_of(worker: Any) -> dict[str, Any]:
-    """What a worker holds; bytes of weights are those of the checkpoint."""
+    """What a worker holds."""
     state: WorkerState = worker.model_runner.pipelive
     stats = state.pool.page_pool.stats()
     held = state.layers.layers
