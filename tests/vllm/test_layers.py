@@ -92,3 +92,36 @@ def test_a_layer_counts_as_it_is_served_and_not_as_it_is_stored(stored, served, 
     assert found == sum(spec.nbytes for spec in as_served)
     assert found != sum(spec.nbytes for spec in layout)
     assert served_bytes([TensorSpec("ids", "int64", (3,))], torch.bfloat16) == 24
+
+
+def test_gained_layers_come_from_the_snapshot_that_vllm_has_loaded(tmp_path, monkeypatch):
+    """The same name in two caches, as with ``--download-dir``, and two revisions in one."""
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    from pipelive_kv.engines.vllm.layers import checkpoint_path
+
+    def snapshot(cache, revision, commit):
+        folder = tmp_path / cache / "models--some--model"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        found = folder / "snapshots" / commit
+        found.mkdir(parents=True)
+        (found / "model.safetensors").write_bytes(b"")
+        return found
+
+    usual = snapshot("usual", "main", "0" * 40)
+    chosen = snapshot("chosen", "main", "1" * 40)
+    older = snapshot("chosen", "older", "2" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "usual"))
+
+    def path(download_dir, revision=None):
+        model = SimpleNamespace(model="some/model", revision=revision)
+        return checkpoint_path(model, SimpleNamespace(download_dir=download_dir))
+
+    assert path(str(tmp_path / "chosen")) == chosen
+    assert path(str(tmp_path / "chosen"), "older") == older
+    assert path(None) == usual
+    local = SimpleNamespace(model=str(chosen), revision=None)
+    assert checkpoint_path(local, SimpleNamespace(download_dir=None)) == chosen

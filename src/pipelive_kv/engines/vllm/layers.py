@@ -63,7 +63,7 @@ class VllmLayers(EngineHooks):
                     f"{self._attention_name(layer)}"
                 )
         self._source = SafetensorsSource(
-            _checkpoint(runner.model_config),
+            checkpoint_path(runner.model_config, self._config.load_config),
             prefix=f"{self.factory.prefix}.",
         )
         if self._source.num_layers != self.factory.num_layers:
@@ -301,14 +301,22 @@ def _attention_names(config: Any) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _checkpoint(model_config: Any) -> Path:
-    path = Path(model_config.model)
+def checkpoint_path(model_config: Any, load_config: Any) -> Path:
+    """The folder that vLLM has loaded the model from: the same snapshot in the same cache."""
+    from vllm.model_executor.model_loader.weight_utils import (  # noqa: PLC0415
+        maybe_download_from_modelscope,
+    )
+
+    name, revision = model_config.model, model_config.revision
+    path = Path(maybe_download_from_modelscope(name, revision) or name)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     return Path(
-        snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True)
+        snapshot_download(
+            name, revision=revision, cache_dir=load_config.download_dir, local_files_only=True
+        )
     )
 
 
