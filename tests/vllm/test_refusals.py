@@ -8,6 +8,7 @@ from pipelive_kv import InvalidArgumentError
 
 pytestmark = pytest.mark.timeout(300)
 
+OTHER = r"works with vLLM 0\.32\.0; this is 0\.99\.0"
 FITS = {
     "skip_tokenizer_init": True,
     "pipeline_parallel_size": 2,
@@ -104,5 +105,24 @@ def test_another_release_of_vllm_is_refused_with_those_that_work(config, monkeyp
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
     register()
-    with pytest.raises(InvalidArgumentError, match=r"works with vLLM 0\.32\.0; this is 0\.99\.0"):
+    with pytest.raises(InvalidArgumentError, match=OTHER):
         config()
+    config(additional_config={})
+
+
+def test_on_another_release_servers_start_as_ever_and_calls_say_why_not(monkeypatch):
+    import asyncio
+
+    import vllm
+
+    import pipelive_kv.engines.vllm as live
+    from pipelive_kv.engines.vllm.plugin import endpoints
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    plugin = endpoints()
+    plugin.attach_router(None)
+    asyncio.run(plugin.init_state(object(), None, None))  # a client that none of ours may touch
+    with pytest.raises(InvalidArgumentError, match=OTHER):
+        live.status(object())
+    with pytest.raises(InvalidArgumentError, match=OTHER):
+        asyncio.run(live.status_async(object()))

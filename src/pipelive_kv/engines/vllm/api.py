@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelive_kv import errors
+from pipelive_kv.engines.vllm.config import untested_release, wrong_release
 from pipelive_kv.errors import DeadlineError, PipeliveError
 
 _POLL_S = 0.02
@@ -29,7 +30,15 @@ def _error(found: dict[str, str]) -> PipeliveError:
     return kind(found["message"]) if issubclass(kind, PipeliveError) else PipeliveError(str(found))
 
 
+def _check_release() -> None:
+    """Raise where engines have none of the methods that are called here."""
+    release = untested_release()
+    if release is not None:
+        raise wrong_release(release)
+
+
 def _caller(llm: Any) -> Callable[..., Any]:
+    _check_release()
     client = llm.llm_engine.engine_core
     if hasattr(client, "call_utility"):
         call: Callable[..., Any] = client.call_utility
@@ -128,26 +137,32 @@ def reconfigure(
     return _report(waiting.answer)
 
 
+def _caller_async(engine: Any) -> Callable[..., Any]:
+    _check_release()
+    call: Callable[..., Any] = engine.engine_core.call_utility_async
+    return call
+
+
 async def status_async(engine: Any, job: int | None = None) -> dict[str, Any]:
     """:func:`status` for an ``AsyncLLM``."""
-    return _checked(await engine.engine_core.call_utility_async("pipelive_status", job))
+    return _checked(await _caller_async(engine)("pipelive_status", job))
 
 
 async def cancel_async(engine: Any) -> dict[str, Any]:
     """:func:`cancel` for an ``AsyncLLM``."""
-    return _checked(await engine.engine_core.call_utility_async("pipelive_cancel"))
+    return _checked(await _caller_async(engine)("pipelive_cancel"))
 
 
 async def proceed_async(engine: Any) -> dict[str, Any]:
     """:func:`proceed` for an ``AsyncLLM``."""
-    return _checked(await engine.engine_core.call_utility_async("pipelive_proceed"))
+    return _checked(await _caller_async(engine)("pipelive_proceed"))
 
 
 async def reconfigure_async(
     engine: Any, layers: Sequence[int], *, timeout: float = 60.0, wait: bool = True, **options: Any
 ) -> dict[str, Any]:
     """:func:`reconfigure` for an ``AsyncLLM``."""
-    call = engine.engine_core.call_utility_async
+    call = _caller_async(engine)
     answer = _checked(await call("pipelive_reconfigure", list(layers), timeout, options))
     if not wait:
         return answer

@@ -16,6 +16,21 @@ KEY = "pipelive"
 """The plugin's place in vLLM's ``additional_config``."""
 
 
+def untested_release() -> str | None:
+    """The release of vLLM that is installed, where it is none of those that were tested."""
+    from vllm import __version__  # noqa: PLC0415
+
+    release: str = __version__.split("+")[0]
+    return None if release in TESTED_VERSIONS else release
+
+
+def wrong_release(release: str) -> InvalidArgumentError:
+    """The error that says which releases work."""
+    return InvalidArgumentError(
+        f"pipelive_kv works with vLLM {', '.join(TESTED_VERSIONS)}; this is {release}"
+    )
+
+
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``--additional-config '{"pipelive": {...}}'``; without it the plugin does nothing."""
 

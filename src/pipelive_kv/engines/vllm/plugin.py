@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from pipelive_kv.engines.vllm.config import KEY, TESTED_VERSIONS
-from pipelive_kv.errors import InvalidArgumentError
+from pipelive_kv.engines.vllm.config import KEY, untested_release, wrong_release
+
+_log = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -14,10 +16,8 @@ def register() -> None:
     They do nothing for an engine whose ``additional_config`` does not have our key. On a release of
     vLLM that was not tested, an engine that has it is refused, and every other works as ever.
     """
-    from vllm import __version__  # noqa: PLC0415
-
-    release = __version__.split("+")[0]
-    if release in TESTED_VERSIONS:
+    release = untested_release()
+    if release is None:
         from pipelive_kv.engines.vllm import wraps  # noqa: PLC0415
 
         wraps.install()
@@ -26,22 +26,39 @@ def register() -> None:
 
 
 def _refuse(release: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
+    try:
+        from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
 
-    original = EngineArgs.create_engine_config
+        original = EngineArgs.create_engine_config
+    except (ImportError, AttributeError):  # not where the releases we know have it
+        _log.warning("%s; the option %s does nothing here", wrong_release(release), KEY)
+        return
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if KEY in (getattr(self, "additional_config", None) or {}):
-            raise InvalidArgumentError(
-                f"pipelive_kv works with vLLM {', '.join(TESTED_VERSIONS)}; this is {release}"
-            )
+            raise wrong_release(release)
         return original(self, *args, **kwargs)
 
     EngineArgs.create_engine_config = create_engine_config
 
 
+class NoEndpoints:
+    """vLLM's ``EndpointPlugin`` without any: for releases whose engines know nothing of ours."""
+
+    name = "pipelive"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Nothing."""
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing."""
+
+
 def endpoints() -> Any:
     """The HTTP routes; vLLM loads them where ``VLLM_PLUGINS`` names this plugin."""
+    if untested_release() is not None:
+        return NoEndpoints()
     from pipelive_kv.engines.vllm.routes import PipeliveEndpoints  # noqa: PLC0415
 
     return PipeliveEndpoints()

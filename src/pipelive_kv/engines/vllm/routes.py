@@ -50,6 +50,8 @@ class PipeliveEndpoints:
         """Keep the engine's client and the server's API keys."""
         from vllm import envs  # noqa: PLC0415
 
+        if engine_client is None:
+            return  # a server that only renders
         self._engine = engine_client
         keys = getattr(args, "api_key", None) or [envs.VLLM_API_KEY]
         self._tokens = [key for key in keys if key]
