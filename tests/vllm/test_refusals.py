@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 
 from pipelive_kv import InvalidArgumentError
@@ -51,6 +54,149 @@ def test_what_fits_is_taken(config):
 def test_what_does_not_fit_is_refused(config, settings, says):
     with pytest.raises(InvalidArgumentError, match=says):
         config(**settings)
+
+
+def fitting():
+    """A ``VllmConfig`` as far as it is looked at, for what no configuration of a tiny Llama has."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=2,
+            tensor_parallel_size=1,
+            data_parallel_size=1,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+            nnodes=1,
+            distributed_executor_backend="mp",
+        ),
+        model_config=SimpleNamespace(
+            runner_type="generate",
+            is_multimodal_model=False,
+            is_moe=False,
+            enable_sleep_mode=False,
+            quantization=None,
+        ),
+        compilation_config=SimpleNamespace(
+            mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
+        use_v2_model_runner=False,
+        lora_config=None,
+        speculative_config=None,
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        weight_transfer_config=None,
+    )
+
+
+def reasons(config):
+    from pipelive_kv.engines.vllm.config import _reasons
+
+    return list(_reasons(config, untested_gpu=False))
+
+
+def test_the_stand_in_fits():
+    assert reasons(fitting()) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("parallel_config.nnodes", 2, "nnodes is 2, expected 1"),
+        ("parallel_config.data_parallel_size", 2, "data_parallel_size is 2, expected 1"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill_context_parallel_size is 2"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size is 2"),
+        ("parallel_config.distributed_executor_backend", "ray", "the executor is 'ray'"),
+        ("compilation_config.cudagraph_mode", "FULL", "cudagraph_mode is FULL"),
+        ("compilation_config.cudagraph_mode", "PIECEWISE", "cudagraph_mode is PIECEWISE"),
+        ("use_v2_model_runner", True, "Model Runner V2 is on"),
+        ("scheduler_config.async_scheduling", True, "async_scheduling is on"),
+        ("model_config.runner_type", "pooling", "the runner is 'pooling', expected generate"),
+        ("model_config.is_multimodal_model", True, "the model is multimodal"),
+        ("model_config.is_moe", True, "the model is a mixture of experts"),
+        ("model_config.enable_sleep_mode", True, "enable_sleep_mode is on"),
+        ("model_config.quantization", "awq", "the model is quantised (awq)"),
+        ("speculative_config", object(), "speculative decoding is on"),
+        ("kv_transfer_config", object(), "a KV connector is on"),
+        ("ec_transfer_config", object(), "an encoder-cache connector is on"),
+        ("weight_transfer_config", object(), "the transfer of weights at run time is on"),
+    ],
+)
+def test_each_thing_that_does_not_fit_has_its_reason(where, value, says):
+    from vllm.config import CUDAGraphMode
+
+    config = owner = fitting()
+    *path, name = where.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, CUDAGraphMode[value] if name == "cudagraph_mode" else value)
+    (found,) = reasons(config)
+    assert found.startswith(says)
+
+
+def spec_named(kind, **fields):
+    return SimpleNamespace(kv_cache_spec=type(kind, (), fields)())
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds", "says"),
+    [
+        ([spec_named("FullAttentionSpec"), spec_named("SlidingWindowSpec")], 1, "KV cache groups"),
+        ([spec_named("SlidingWindowSpec")], 1, "['SlidingWindowSpec'], expected one group of full"),
+        ([spec_named("MambaSpec")], 1, "['MambaSpec'], expected one group of full attention"),
+        ([spec_named("FullAttentionSpec", sliding_window=64)], 1, "see a window of tokens only"),
+        ([spec_named("FullAttentionSpec", attention_chunk_size=64)], 1, "see a window of tokens"),
+        (
+            [spec_named("FullAttentionSpec")],
+            2,
+            "its layers have 2 kinds of attention, expected one",
+        ),
+        ([], 1, "this rank has no layers at start"),
+        ([spec_named("FullAttentionSpec")], 0, "this rank has no layers at start"),
+    ],
+)
+def test_other_kinds_of_kv_are_refused(groups, kinds, says):
+    from pipelive_kv.engines.vllm.config import check_groups
+
+    fits = SimpleNamespace(kv_cache_groups=[spec_named("FullAttentionSpec", sliding_window=None)])
+    check_groups(fits, [[object()]])
+    with pytest.raises(InvalidArgumentError, match=re.escape(says)):
+        check_groups(SimpleNamespace(kv_cache_groups=groups), [[object()] * kinds])
+
+
+@pytest.mark.parametrize(
+    ("names", "moe", "says"),
+    [
+        (["model.layers.0.mlp.experts"], ["model.layers.0.mlp.experts"], "a mixture of experts"),
+        (["model.layers.0.cross_attn.attn"], [], "layer 0 has the attentions"),
+    ],
+)
+def test_layers_with_more_than_one_attention_are_refused(names, moe, says):
+    from pipelive_kv.engines.vllm.layers import attention_names
+
+    own = ["model.layers.1.self_attn.attn", "model.layers.0.self_attn.attn"]
+
+    def config(names, moe):
+        context = dict.fromkeys(names)
+        return SimpleNamespace(static_forward_context=context, static_all_moe_layers=moe)
+
+    assert attention_names(config(own, [])) == {0: own[1], 1: own[0]}
+    with pytest.raises(InvalidArgumentError, match=says):
+        attention_names(config([*own, *names], moe))
+
+
+def test_weights_are_not_reloaded_under_an_engine_that_moves_layers():
+    from pipelive_kv.engines.vllm.wraps import _reload_weights
+
+    asked = []
+    _reload_weights(lambda self, path: asked.append(path), SimpleNamespace(), "elsewhere")
+    assert asked == ["elsewhere"]
+    with pytest.raises(InvalidArgumentError, match="reload_weights: this engine moves layers"):
+        _reload_weights(asked.append, SimpleNamespace(pipelive=object()))
+    assert asked == ["elsewhere"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -91,7 +91,7 @@ def check_supported(vllm_config: Any) -> None:
 
 
 def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
-    from vllm.config import CompilationMode  # noqa: PLC0415
+    from vllm.config import CompilationMode, CUDAGraphMode  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     parallel, model = config.parallel_config, config.model_config
@@ -104,6 +104,7 @@ def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
     if parallel.pipeline_parallel_size < 2:
         yield f"pipeline_parallel_size is {parallel.pipeline_parallel_size}, expected 2 or more"
     for name in (
+        "nnodes",
         "tensor_parallel_size",
         "data_parallel_size",
         "prefill_context_parallel_size",
@@ -115,6 +116,9 @@ def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
         yield f"the executor is {parallel.distributed_executor_backend!r}, expected mp"
     if config.compilation_config.mode != CompilationMode.NONE:
         yield "the model is compiled, which bakes its layer range; expected enforce_eager"
+    graphs = config.compilation_config.cudagraph_mode
+    if graphs not in (None, CUDAGraphMode.NONE):
+        yield f"cudagraph_mode is {graphs.name}: graphs bake the layers in; expected enforce_eager"
     if config.use_v2_model_runner:
         yield "Model Runner V2 is on, expected VLLM_USE_V2_MODEL_RUNNER=0"
     if config.scheduler_config.async_scheduling:
@@ -123,6 +127,10 @@ def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
         yield f"the runner is {model.runner_type!r}, expected generate"
     if model.is_multimodal_model:
         yield "the model is multimodal"
+    if model.is_moe:
+        yield "the model is a mixture of experts, which has never been tried"
+    if model.enable_sleep_mode:
+        yield "enable_sleep_mode is on: weights and KV that sleep cannot move"
     if model.quantization is not None:
         yield f"the model is quantised ({model.quantization})"
     if config.cache_config.cache_dtype != "auto":
@@ -134,20 +142,38 @@ def _reasons(config: Any, untested_gpu: bool) -> Iterator[str]:
         ("speculative_config", "speculative decoding"),
         ("kv_transfer_config", "a KV connector"),
         ("ec_transfer_config", "an encoder-cache connector"),
+        # Gained layers come from the checkpoint.
+        ("weight_transfer_config", "the transfer of weights at run time"),
     ):
         if getattr(config, name, None) is not None:
             yield f"{what} is on"
 
 
-def check_groups(kv_cache_config: Any) -> None:
-    """Refuse models whose KV is not one group of full attention.
+def check_groups(kv_cache_config: Any, attn_groups: Sequence[Sequence[Any]]) -> None:
+    """Refuse models whose KV is not one group of full attention, seen by one backend.
+
+    Args:
+        kv_cache_config: vLLM's ``KVCacheConfig``.
+        attn_groups: the model runner's groups of attention layers, for each KV cache group.
 
     Raises:
         InvalidArgumentError: naming the groups.
     """
-    kinds = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
-    if kinds != ["FullAttentionSpec"]:
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    kinds = [type(spec).__name__ for spec in specs]
+    attentions = sum(len(groups) for groups in attn_groups[:1])
+    if not kinds or attentions == 0:
         raise InvalidArgumentError(
-            f"pipelive_kv cannot move layers of this vLLM: its KV cache groups are {kinds}, "
-            "expected one group of full attention"
+            "pipelive_kv: this rank has no layers at start, expected at least one on every rank; "
+            "see VLLM_PP_LAYER_PARTITION"
         )
+    reason = None
+    if kinds != ["FullAttentionSpec"]:
+        reason = f"its KV cache groups are {kinds}, expected one group of full attention"
+    elif any(getattr(specs[0], name, None) for name in ("sliding_window", "attention_chunk_size")):
+        # So vLLM calls them where its hybrid KV cache manager is off.
+        reason = "some of its layers see a window of tokens only, expected full attention"
+    elif attentions != 1:
+        reason = f"its layers have {attentions} kinds of attention, expected one"
+    if reason is not None:
+        raise InvalidArgumentError(f"pipelive_kv cannot move layers of this vLLM: {reason}")

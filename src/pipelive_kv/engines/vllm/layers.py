@@ -50,7 +50,7 @@ class VllmLayers(EngineHooks):
         self._kv_view = kv_view
         self._inner, self._modules = _find_layers(self._model)
         self.factory: LayerFactory = self._modules.pipelive
-        self._names = _attention_names(self._config)
+        self._names = attention_names(self._config.compilation_config)
         first = next(iter(self._names), None)
         if first is None:
             raise InvalidArgumentError("pipelive_kv: this rank has no layers at start")
@@ -79,6 +79,8 @@ class VllmLayers(EngineHooks):
         self._lost: dict[int, Any] = {}
         self._held = set(self._names)
         self._building = threading.Lock()
+        for layer in self._names:
+            self._check_alike(layer, self._modules[layer])  # now, and not at the first move
 
     # -- LayerWeights -----------------------------------------------------------------------------
 
@@ -286,11 +288,22 @@ def _find_layers(model: Any) -> tuple[Any, Any]:
     return found[0]
 
 
-def _attention_names(config: Any) -> dict[int, str]:
+def attention_names(compilation_config: Any) -> dict[int, str]:
+    """The name of each layer's attention, by layer.
+
+    Raises:
+        InvalidArgumentError: a layer has another part that vLLM knows by name: a mixture of
+            experts, or a second attention.
+    """
     from vllm.model_executor.models.utils import extract_layer_index  # noqa: PLC0415
 
+    if compilation_config.static_all_moe_layers:
+        raise InvalidArgumentError(
+            "pipelive_kv: the model is a mixture of experts "
+            f"({compilation_config.static_all_moe_layers[0]}), which has never been tried"
+        )
     names: dict[int, str] = {}
-    for name in config.compilation_config.static_forward_context:
+    for name in compilation_config.static_forward_context:
         layer = extract_layer_index(name)
         if layer in names:
             raise InvalidArgumentError(

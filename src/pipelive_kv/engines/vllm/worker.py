@@ -29,7 +29,7 @@ class WorkerState:
     """What a model runner holds for the plugin, from the allocation of its KV cache on."""
 
     def __init__(self, runner: Any, options: Options, kv_cache_config: Any) -> None:
-        check_groups(kv_cache_config)
+        check_groups(kv_cache_config, runner.attn_groups)
         self._runner = runner
         self._options = options
         self.layers = VllmLayers(runner, self.kv_view)

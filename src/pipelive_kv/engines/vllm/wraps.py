@@ -14,7 +14,8 @@ from typing import Any
 
 from pipelive_kv.engines.vllm import core as core_side
 from pipelive_kv.engines.vllm import worker as worker_side
-from pipelive_kv.engines.vllm.config import check_supported, options_of
+from pipelive_kv.engines.vllm.config import KEY, check_supported, options_of
+from pipelive_kv.errors import InvalidArgumentError
 
 _MARK = "_pipelive_wrapped"
 
@@ -35,6 +36,7 @@ def install() -> None:
     _wrap(GPUModelRunner, "execute_model", _execute_model)
     _wrap(GPUModelRunner, "_get_slot_mappings", _get_slot_mappings)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
+    _wrap(GPUModelRunner, "reload_weights", _reload_weights)
     _wrap(SyncMPClient, "_send_input", _send_input)
     _wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     _wrap(EngineCore, "_initialize_effective_attention_block_size", _scheduler_is_made)
@@ -130,6 +132,16 @@ def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     state: worker_side.WorkerState | None = getattr(self, "pipelive", None)
     if state is not None:
         state.gate()
+    return original(self, *args, **kwargs)
+
+
+def _reload_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Weights that change at run time are not those that a gained layer is loaded from."""
+    if getattr(self, "pipelive", None) is not None:
+        raise InvalidArgumentError(
+            "reload_weights: this engine moves layers, whose weights come from the checkpoint that "
+            f"it was started with; start it without additional_config.{KEY}"
+        )
     return original(self, *args, **kwargs)
 
 
