@@ -51,6 +51,7 @@ def test_live_are_referenced_and_cached_blocks(make):
     plain = pool.get_new_blocks(1)
     pool.free_blocks(plain)
     assert owner.live() == sorted([0, *(b.block_id for b in held), *(b.block_id for b in cached)])
+    assert owner.count_live() == len(owner.live())
 
 
 def test_a_shrink_moves_blocks_in_use_and_keeps_cached_ones_while_there_is_room(make):

@@ -133,7 +133,7 @@ def reconfigure(
     waiting = _Waiting(answer, timeout)
     while not waiting.is_over():
         time.sleep(_POLL_S)
-        waiting.answer = _checked(call("pipelive_status", waiting.number))
+        waiting.answer = _checked(call("pipelive_job", waiting.number))
     return _report(waiting.answer)
 
 
@@ -175,8 +175,9 @@ async def ended_async(engine: Any, answer: dict[str, Any], timeout: float) -> di
     Raises:
         DeadlineError: it has not, long after its ``timeout`` seconds.
     """
+    call = _caller_async(engine)
     waiting = _Waiting(answer, timeout)
     while not waiting.is_over():
         await asyncio.sleep(_POLL_S)
-        waiting.answer = await status_async(engine, waiting.number)
-    return waiting.answer
+        waiting.answer = _checked(await call("pipelive_job", waiting.number))
+    return await status_async(engine, waiting.number)

@@ -33,6 +33,10 @@ class VllmBlocks:
         """The ids whose content matters, ascending, the null block first."""
         return sorted({0, *(b.block_id for b in list(self._pool.blocks) if self._is_live(b))})
 
+    def count_live(self) -> int:
+        """How many :meth:`live` names, for those who ask often."""
+        return sum(map(self._is_live, list(self._pool.blocks)))
+
     def release(self, ids: list[int], after_seq: int | None = None) -> None:
         """Nothing: vLLM frees its blocks itself."""
 

@@ -139,7 +139,7 @@ class CoreState:
         Raises:
             InvalidArgumentError: there is none of that number, or no longer.
         """
-        live = len(self._blocks.live())
+        live = self._blocks.count_live()
         return {
             "layers": list(self._scheduler.placement.counts),
             "epoch": self._scheduler.epoch,
@@ -214,6 +214,14 @@ def pipelive_status(core: Any, number: int | None = None) -> dict[str, Any]:
     """Where the engine stands, and a reconfiguration, by default the last one."""
     try:
         return _state(core).status(number)
+    except PipeliveError as error:
+        return _refusal(error)
+
+
+def pipelive_job(core: Any, number: int) -> dict[str, Any]:
+    """Where a reconfiguration stands, and no more: for those who wait for it and ask often."""
+    try:
+        return {"job": _state(core).jobs.describe(number)}
     except PipeliveError as error:
         return _refusal(error)
 
