@@ -37,11 +37,15 @@ class Engine:
         self.jobs, self.begun, self._polled = Jobs(), job(), polled
         self.engine_core = self
         self.called: list[str] = []
+        self.live = 1
 
     async def call_utility_async(self, method, *args):
         self.called.append(method)
         if method == "pipelive_reconfigure":
             return {"job": self.jobs.describe(self.jobs.add(self.begun))}
+        if method == "pipelive_count":
+            blocks = {"capacity": 8, "live": self.live}
+            return {"layers": [3, 3], "blocks": blocks, "ended": self.jobs.count()}
         assert method in ("pipelive_status", "pipelive_job")
         self._polled(args[0])
         return {"job": self.jobs.describe(args[0])}
@@ -143,3 +147,48 @@ def test_the_server_s_wait_ends_too(monkeypatch):
     found, code = asyncio.run(call())
     assert code != 200
     assert found["type"] == "DeadlineError"
+
+
+def test_metrics_know_moves_that_others_began_and_blocks_between_moves(monkeypatch):
+    from prometheus_client import REGISTRY
+
+    from pipelive_kv.engines.vllm import routes
+
+    def value(name, **labels):
+        return REGISTRY.get_sample_value(f"pipelive_{name}", labels)
+
+    def counted():
+        return [
+            value("reconfigurations_total", outcome=outcome)
+            for outcome in ("done", "failed", "dry_run")
+        ]
+
+    def ended(*, dry_run):
+        found = job()
+        found.report.dry_run = dry_run
+        found.enter(Phase.ABORTED) if dry_run else found.end()
+        return found
+
+    async def run():
+        servers = [routes.PipeliveEndpoints() for _ in range(2)]
+        for server in servers:
+            server._engine, server._metrics = engine, metrics
+        for added in (ended(dry_run=False), ended(dry_run=True), failed("no"), failed("no"), job()):
+            engine.jobs.add(added)  # as by the calls of Python
+        engine.live = 5
+        for server in servers:
+            await server._count()
+        assert counted() == [1.0, 2.0, 1.0]
+        assert value("kv_blocks", state="live") == 5
+        assert value("stop_seconds_count") == 1
+        engine.jobs.last.end()
+        engine.live = 6
+        looking = asyncio.ensure_future(servers[0]._look())
+        while value("kv_blocks", state="live") != 6:
+            await asyncio.sleep(0)
+        looking.cancel()
+        assert counted() == [2.0, 2.0, 1.0]
+
+    monkeypatch.setattr(routes, "_LOOK_EVERY_S", 0.0)
+    engine, metrics = Engine(), routes.Metrics()
+    asyncio.run(run())

@@ -181,3 +181,8 @@ async def ended_async(engine: Any, answer: dict[str, Any], timeout: float) -> di
         await asyncio.sleep(_POLL_S)
         waiting.answer = _checked(await call("pipelive_job", waiting.number))
     return await status_async(engine, waiting.number)
+
+
+async def count_async(engine: Any) -> dict[str, Any]:
+    """The status, with the reconfigurations ``ended`` that nobody has counted; each comes once."""
+    return _checked(await _caller_async(engine)("pipelive_count"))

@@ -226,6 +226,15 @@ def pipelive_job(core: Any, number: int) -> dict[str, Any]:
         return _refusal(error)
 
 
+def pipelive_count(core: Any) -> dict[str, Any]:
+    """The status, with those reconfigurations ``ended`` that nobody has counted yet."""
+    try:
+        state = _state(core)
+        return state.status() | {"ended": state.jobs.count()}
+    except PipeliveError as error:
+        return _refusal(error)
+
+
 def _refusal(error: PipeliveError) -> dict[str, Any]:
     kind = "busy" if isinstance(error, BusyError) else "invalid"
     if not isinstance(error, BusyError | InvalidArgumentError):

@@ -17,12 +17,15 @@ class Jobs:
     def __init__(self) -> None:
         self._jobs: dict[int, Job] = {}
         self._number = 0
+        self._uncounted: dict[int, Job] = {}
 
     def add(self, job: Job) -> int:
         """Note one that has just begun; its number."""
         self._number += 1
         self._jobs[self._number] = job
-        self._jobs.pop(self._number - KEPT, None)
+        self._uncounted[self._number] = job
+        for jobs in (self._jobs, self._uncounted):
+            jobs.pop(self._number - KEPT, None)
         return self._number
 
     @property
@@ -45,6 +48,11 @@ class Jobs:
         """Let one that was begun with ``pause`` be decided."""
         if self.last is not None:
             self.last.proceed()
+
+    def count(self) -> list[dict[str, Any]]:
+        """Those that have ended since this was last asked, for counters: each is told once."""
+        over = [number for number, job in self._uncounted.items() if job.is_over]
+        return [{"number": n, **_describe(self._uncounted.pop(n))} for n in over]
 
     def describe(self, number: int | None = None) -> dict[str, Any] | None:
         """Where one stands, by default the last; None where there was none.
@@ -91,6 +99,8 @@ def _describe(job: Job) -> dict[str, Any]:
     return found | {
         "from": list(report.old.counts),
         "to": list(report.new.counts),
+        "left_at": list(report.placement.counts),
+        "dry_run": report.dry_run,
         "switched_at_step": report.step,
         "stop_ms": report.stop_s * 1e3,
         "seconds": report.seconds,

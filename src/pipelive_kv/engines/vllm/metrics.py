@@ -40,9 +40,12 @@ class Metrics:
         for state, count in status["blocks"].items():
             self._blocks.labels(state).set(count)
 
-    def ended(self, report: dict[str, Any] | None) -> None:
-        """Note the end of a reconfiguration; None for one that failed."""
-        self._moves.labels("failed" if report is None else "done").inc()
-        if report is not None:
-            self._stop.observe(report["stop_ms"] / 1e3)
-            self._bytes.inc(report["bytes_moved"])
+    def ended(self, job: dict[str, Any]) -> None:
+        """Note the end of a reconfiguration, as the status describes it."""
+        outcome = "dry_run" if job.get("dry_run") else "done"
+        if job["error"] is not None:
+            outcome = "failed"
+        self._moves.labels(outcome).inc()
+        if outcome == "done":
+            self._stop.observe(job["stop_ms"] / 1e3)
+        self._bytes.inc(job.get("bytes_moved", 0))

@@ -9,6 +9,7 @@ vLLM itself does only below ``/v1``.
 from __future__ import annotations
 
 import asyncio
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 
 from pipelive_kv.engines.vllm.api import (
     cancel_async,
+    count_async,
     ended_async,
     proceed_async,
     reconfigure_async,
@@ -23,6 +25,11 @@ from pipelive_kv.engines.vllm.api import (
 )
 from pipelive_kv.engines.vllm.metrics import Metrics
 from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 5.0
+"""Seconds between two looks at the engine for the metrics."""
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +51,8 @@ class PipeliveEndpoints:
         self._engine: Any = None
         self._metrics: Metrics | None = None
         self._tokens: list[str] = []
+        self._counting = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Task[dict[str, Any]]] = set()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -56,11 +65,31 @@ class PipeliveEndpoints:
         keys = getattr(args, "api_key", None) or [envs.VLLM_API_KEY]
         self._tokens = [key for key in keys if key]
         try:
-            found = await status_async(engine_client)
+            await status_async(engine_client)
         except PipeliveError:
             return  # started without the plugin's options: the routes say so
         self._metrics = Metrics()
-        self._metrics.standing(found)
+        await self._count()
+        self._looking = asyncio.ensure_future(self._look())
+
+    async def _look(self) -> None:
+        """Blocks come and go between moves, and not only these routes begin them."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            try:
+                await self._count()
+            except Exception as error:
+                _log.info("the metrics of pipelive_kv stay as they are: %s", error)
+                return  # the engine has ended, and vLLM says so
+
+    async def _count(self) -> None:
+        if self._metrics is None:
+            return
+        async with self._counting:  # who has waited for a move finds it counted
+            found = await count_async(self._engine)
+            for job in found["ended"]:
+                self._metrics.ended(job)
+            self._metrics.standing(found)
 
     def attach_router(self, app: Any) -> None:
         """Add the routes."""
@@ -154,7 +183,5 @@ class PipeliveEndpoints:
 
     async def _watch(self, answer: dict[str, Any], timeout: float) -> dict[str, Any]:
         found = await ended_async(self._engine, answer, timeout)
-        if self._metrics is not None:
-            self._metrics.ended(found["job"] if found["job"]["error"] is None else None)
-            self._metrics.standing(found)
+        await self._count()
         return found

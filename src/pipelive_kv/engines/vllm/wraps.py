@@ -46,6 +46,7 @@ def install() -> None:
     EngineCore.pipelive_proceed = core_side.pipelive_proceed
     EngineCore.pipelive_status = core_side.pipelive_status
     EngineCore.pipelive_job = core_side.pipelive_job
+    EngineCore.pipelive_count = core_side.pipelive_count
     try:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: PLC0415
     except ImportError:  # a build of vLLM for another platform
