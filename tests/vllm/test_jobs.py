@@ -12,7 +12,7 @@ from pipelive_kv import DeadlineError, InvalidArgumentError, PipeliveError, Plac
 from pipelive_kv.coordinator import Job, Report
 from pipelive_kv.engines.vllm import api
 from pipelive_kv.engines.vllm.jobs import KEPT, Jobs
-from pipelive_kv.protocol import Phase
+from pipelive_kv.protocol import Course, Phase
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,7 +48,7 @@ class Engine:
             return {"layers": [3, 3], "blocks": blocks, "ended": self.jobs.count()}
         assert method in ("pipelive_status", "pipelive_job")
         self._polled(args[0])
-        return {"job": self.jobs.describe(args[0])}
+        return {"layers": [3, 3], "job": self.jobs.describe(args[0])}
 
 
 def test_each_has_a_number_and_the_last_few_are_kept():
@@ -131,22 +131,57 @@ def test_no_wait_is_for_ever(monkeypatch):
         live.reconfigure(llm, [2, 4], timeout=0.01)
 
 
-def test_the_server_s_wait_ends_too(monkeypatch):
+async def post(engine, timeout):
+    """(body, HTTP status) of a request to move."""
     from pipelive_kv.engines.vllm.routes import PipeliveEndpoints
 
     async def body():
-        return b'{"layers": [2, 4], "timeout": 0.01}'
+        return b'{"layers": [2, 4], "timeout": %g}' % timeout
 
-    async def call():
-        routes = PipeliveEndpoints()
-        routes._engine = engine
-        return await routes._answer(SimpleNamespace(body=body), routes._reconfigure)
+    routes = PipeliveEndpoints()
+    routes._engine = engine
+    return await routes._answer(SimpleNamespace(body=body), routes._reconfigure)
 
+
+def test_the_server_s_wait_ends_too(monkeypatch):
     monkeypatch.setattr(api, "_GRACE_S", 0.05)
     engine = Engine()
-    found, code = asyncio.run(call())
-    assert code != 200
+    found, code = asyncio.run(post(engine, 0.01))
+    assert code == 504
     assert found["type"] == "DeadlineError"
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "code"),
+    [
+        (Phase.ABORTED, -1, 422),
+        (Phase.ABORTED, 7, 500),  # a wave of several was carried out
+        (Phase.ADMITTED, -1, 500),  # the record could not be written
+        (Phase.DONE, 7, 500),
+    ],
+)
+def test_only_a_move_that_was_given_up_is_told_as_one(phase, step, code):
+    def fail(number):
+        engine.begun.report.step = step
+        engine.begun.fail(PipeliveError("why"))
+        engine.begun.course = Course(phase)
+        engine.begun.end()
+
+    engine = Engine(fail)
+    found, answered = asyncio.run(post(engine, 60))
+    assert answered == code
+    assert found["error"] == "PipeliveError: why"
+    assert found["layers"] == [3, 3]
+
+
+def test_a_move_that_could_not_be_planned_is_told_as_given_up():
+    def fail(number):
+        engine.begun.fail(PipeliveError("why"))
+        engine.begun.enter(Phase.ABORTED)
+
+    engine = Engine(fail)
+    engine.begun = Job(60.0)
+    assert asyncio.run(post(engine, 60))[1] == 422
 
 
 def test_metrics_know_moves_that_others_began_and_blocks_between_moves(monkeypatch):

@@ -124,7 +124,10 @@ def reconfigure(
     Raises:
         InvalidArgumentError: an argument does not fit.
         BusyError: another reconfiguration is under way.
-        PipeliveError: why it was refused or given up; the old split serves on.
+        DeadlineError: it was given up at its deadline; or it is decided and still not complete long
+            after it.
+        PipeliveError: why it did not end as it was meant to. Before the decision the old split
+            serves on; :func:`status` tells, ``["layers"]`` what serves.
     """
     call = _caller(llm)
     answer = _checked(call("pipelive_reconfigure", list(layers), timeout, options))

@@ -24,7 +24,7 @@ from pipelive_kv.engines.vllm.api import (
     status_async,
 )
 from pipelive_kv.engines.vllm.metrics import Metrics
-from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
+from pipelive_kv.errors import BusyError, DeadlineError, InvalidArgumentError, PipeliveError
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,26 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: float = 60.0
     wait: bool = True
     options: dict[str, Any] = {}
+
+
+class _EndedError(Exception):
+    """A reconfiguration did not end as it was meant to."""
+
+    def __init__(self, status: dict[str, Any]) -> None:
+        super().__init__(status)
+        self._status = status
+
+    def answer(self) -> tuple[dict[str, Any], int]:
+        """(body, HTTP status): 422 only where the old split serves on as if nothing had been."""
+        job = self._status["job"]
+        error = job["error"]
+        given_up = job["phase"] == "aborted" and job.get("left_at") == job.get("from")
+        return {
+            "error": f"{error['type']}: {error['message']}",
+            "type": error["type"],
+            "layers": self._status["layers"],
+            "job": job,
+        }, 422 if given_up else 500
 
 
 class PipeliveEndpoints:
@@ -131,8 +151,11 @@ class PipeliveEndpoints:
             return {"error": str(error), "type": "InvalidArgumentError"}, 400
         except BusyError as error:
             return {"error": str(error), "type": "BusyError"}, 409
+        except _EndedError as error:
+            return error.answer()
+        except DeadlineError as error:
+            return {"error": str(error), "type": "DeadlineError"}, 504
         except PipeliveError as error:
-            # The old split serves on.
             return {"error": str(error), "type": type(error).__name__}, 422
 
     def _authorised(self, request: Any) -> bool:
@@ -171,9 +194,8 @@ class PipeliveEndpoints:
         if wish.wait:
             # Shielded: a client that goes away leaves the reconfiguration, and its metrics, going.
             answer = await asyncio.shield(watcher)
-            error = answer["job"]["error"]
-            if error is not None:
-                raise PipeliveError(f"{error['type']}: {error['message']}")
+            if answer["job"]["error"] is not None:
+                raise _EndedError(answer)
         return answer
 
     def _forget(self, watcher: asyncio.Task[dict[str, Any]]) -> None:
