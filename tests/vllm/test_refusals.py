@@ -199,6 +199,19 @@ def test_weights_are_not_reloaded_under_an_engine_that_moves_layers():
     assert asked == ["elsewhere"]
 
 
+def test_an_engine_core_in_the_caller_s_own_process_is_refused(config):
+    from pipelive_kv.engines.vllm.wraps import _initialize_kv_caches
+
+    def started(core, additional):
+        return _initialize_kv_caches(lambda *_: "started", core, config(**additional))
+
+    here, elsewhere = SimpleNamespace(), SimpleNamespace(input_queue=object())
+    assert started(elsewhere, {}) == "started"
+    assert started(here, {"additional_config": {}}) == "started"
+    with pytest.raises(InvalidArgumentError, match="VLLM_ENABLE_V1_MULTIPROCESSING is 0"):
+        started(here, {})
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelive_kv import errors
-from pipelive_kv.engines.vllm.config import untested_release, wrong_release
-from pipelive_kv.errors import DeadlineError, PipeliveError
+from pipelive_kv.engines.vllm.config import KEY, untested_release, wrong_release
+from pipelive_kv.errors import DeadlineError, InvalidArgumentError, PipeliveError
 
 _POLL_S = 0.02
 
@@ -39,11 +39,12 @@ def _check_release() -> None:
 
 def _caller(llm: Any) -> Callable[..., Any]:
     _check_release()
-    client = llm.llm_engine.engine_core
-    if hasattr(client, "call_utility"):
-        call: Callable[..., Any] = client.call_utility
-        return call
-    return lambda method, *args: getattr(client.engine_core, method)(*args)
+    call: Callable[..., Any] | None = getattr(llm.llm_engine.engine_core, "call_utility", None)
+    if call is None:  # an engine core in this process, which the option is refused for
+        raise InvalidArgumentError(
+            f"this engine was started without additional_config.{KEY}, so it cannot move layers"
+        )
+    return call
 
 
 class _Waiting:

@@ -96,11 +96,9 @@ class CoreState:
         return touches, writes
 
     def _wake(self) -> None:
-        queue = getattr(self._core, "input_queue", None)
-        if queue is not None:  # None where the caller of LLM steps the engine itself
-            from vllm.v1.engine import EngineCoreRequestType  # noqa: PLC0415
+        from vllm.v1.engine import EngineCoreRequestType  # noqa: PLC0415
 
-            queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+        self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def reconfigure(self, counts: list[int], timeout: float, options: dict[str, Any]) -> None:
         """Start to take the pipeline to ``counts`` layers per rank; returns at once."""

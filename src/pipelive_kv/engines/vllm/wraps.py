@@ -174,6 +174,12 @@ def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: 
     """Refuse what is not supported, where the configuration did not come from ``EngineArgs``."""
     if options_of(vllm_config) is not None:
         check_supported(vllm_config)
+        if not hasattr(self, "input_queue"):
+            raise InvalidArgumentError(
+                "pipelive_kv: VLLM_ENABLE_V1_MULTIPROCESSING is 0, expected 1: an engine core in "
+                "the caller's own process runs no steps while nothing is generated, and layers "
+                "change over between two steps"
+            )
     return original(self, vllm_config)
 
 
