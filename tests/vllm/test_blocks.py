@@ -5,7 +5,11 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from pipelive_kv import OverBudgetError
 
@@ -145,3 +149,26 @@ def test_any_order_of_calls_keeps_content_findable(make, seed):
             if block.block_hash is not None:
                 assert block.block_id in owner.live()
                 assert memory[block.block_id] == content[id(block)]
+
+
+@given(st.data())
+def test_renamed_tables_are_as_from_a_loop(data):
+    from pipelive_kv.engines.vllm.worker import remap
+
+    ids = st.integers(0, 40)
+    shape = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 8)), label="shape")
+    rows = data.draw(arrays(np.int32, shape, elements=ids), label="rows")
+    counts = data.draw(
+        arrays(np.int32, shape[0], elements=st.integers(0, shape[1])), label="counts"
+    )
+    moves = data.draw(st.dictionaries(ids, ids, min_size=1), label="moves")
+    lists = data.draw(st.lists(st.lists(ids)), label="lists")
+
+    expected = rows.copy()
+    for row, count in enumerate(counts):
+        for column in range(count):
+            expected[row, column] = moves.get(int(rows[row, column]), rows[row, column])
+    renamed = [[moves.get(block, block) for block in found] for found in lists]
+    remap(moves, lists, rows, counts)
+    assert (rows == expected).all()
+    assert lists == renamed
