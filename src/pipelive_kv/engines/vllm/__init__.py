@@ -4,7 +4,7 @@ Nothing here imports vLLM before it is used: the package is a plugin that vLLM l
 (:mod:`pipelive_kv.engines.vllm.plugin`), and a few calls for those who hold an ``LLM`` or an
 ``AsyncLLM`` (:mod:`pipelive_kv.engines.vllm.api`).
 
-What of vLLM is wrapped, and why, stands in :mod:`pipelive_kv.engines.vllm.wraps` alone.
+What of vLLM is wrapped, and where, stands in :mod:`pipelive_kv.engines.vllm.wraps`.
 """
 
 from pipelive_kv.engines.vllm.api import (

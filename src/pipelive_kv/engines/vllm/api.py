@@ -112,7 +112,7 @@ def reconfigure(
 ) -> dict[str, Any]:
     """Change the number of layers on each pipeline rank of an ``LLM``.
 
-    Other threads may go on to call the ``LLM`` meanwhile.
+    One thread may call this while another one generates.
 
     Args:
         llm: a ``vllm.LLM`` that was started with the plugin's options.

@@ -1,7 +1,18 @@
-"""All of vLLM that has to be wrapped; a new release of vLLM is this file's matter.
+"""What of vLLM is wrapped; a new release of vLLM is mostly this file's matter.
 
 Each wrapper passes through to what it wraps, and adds a call into this package where the engine was
-started with the plugin's options. Written against vLLM 0.32.0.
+started with the plugin's options. ``EngineCore`` gets methods called ``pipelive_...``. Written
+against vLLM 0.32.0.
+
+Wrapped elsewhere, where the state is that the wrapper needs:
+
+- ``core.py``: ``schedule``, ``update_from_output`` and ``has_requests`` of an engine's scheduler;
+- ``layers.py``: ``torch.get_default_dtype``, from the first layer on that is built in another dtype
+  than torch's; it answers as ever in all other threads;
+- ``plugin.py``: ``EngineArgs.create_engine_config``, on releases where nothing here is installed.
+
+Used without being wrapped: the inside of vLLM's block pool (``blocks.py``), and of its model runner
+and its models (``worker.py``, ``layers.py``).
 """
 
 from __future__ import annotations
