@@ -243,9 +243,13 @@ def test_bad_requests_are_refused(server, body, says):
 
 def test_a_killed_worker_ends_the_server_in_bounded_time(server):
     """As stock vLLM does: nothing of ours keeps it, and nothing of it stays."""
-    server.call("/pipelive/reconfigure", {"layers": [3, 3], "wait": False})
+    target = [2, 4] if server.status()["layers"] != [2, 4] else [4, 2]
+    body = {"layers": target, "wait": False, "options": {"pause": True}}
+    assert server.call("/pipelive/reconfigure", body)[0] == 200
+    until(lambda: server.status()["job"]["phase"] == "armed")
+    assert not server.status()["job"]["final"]
     killed = workers(server.process.pid, "VLLM::Worker")
     assert len(killed) == 2
     os.kill(killed[0], signal.SIGKILL)
-    server.process.wait(timeout=120)
+    server.process.wait(timeout=60)
     until(lambda: workers(server.process.pid) == [])
