@@ -139,8 +139,11 @@ class Engine:
         """Wait until other moves than the way back may begin."""
         until(lambda: (self.status()["job"]["lease"] or {"final": True})["final"])
 
-    def await_phase(self, phase: str) -> str:
-        """Wait until the reconfiguration is in that phase or past it; the one it is in."""
+    def await_phase(self, phase: str, *, held: bool = False) -> str:
+        """Wait until the reconfiguration is in that phase or past it; the one it is in.
+
+        With ``held``, it stays there until it is told to go on: another one is an error.
+        """
         order = [found.value for found in Phase]  # in the protocol's order
         found = [""]
 
@@ -150,6 +153,8 @@ class Engine:
             return job["final"] or order.index(found[0]) >= order.index(phase)
 
         until(there)
+        if held:
+            assert found[0] == phase, self.status()["job"]
         return found[0]
 
     def on_workers(self, function: Any) -> list[Any]:

@@ -6,6 +6,7 @@ Prefix caching is on here; test_server.py moves without it.
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.vllm.runs import Engine, prompts, until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BLOCKS = 400  # of 32 tokens, at three layers each
 PHASES = ["planned", "admitted", "staging", "patching", "write_through", "armed"]
+DECIDED = ["switching", "releasing"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_requests_that_leave_around_the_switchover(engine):
             stream.await_tokens(5)
         target = engine.elsewhere()
         engine.begin(target, pause=True)
-        engine.await_phase("armed")
+        engine.await_phase("armed", held=True)
         engine.proceed()
         for stream in going:
             stream.task.cancel()
@@ -135,20 +137,25 @@ def test_requests_that_leave_around_the_switchover(engine):
         assert [stream.result() for stream in added] == expected[1]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", PHASES + DECIDED)
 def test_requests_that_arrive_in_a_phase(engine, phase):
-    """A short one and one that is prefilled in chunks; then two batches are in flight."""
+    """A short one and one that is prefilled in chunks; then two batches are in flight.
+
+    Phases that nothing holds may be over when the requests come."""
     base, late = prompts(3, seed=9), [*prompts(1, seed=50), *prompts(1, seed=60, length=400)]
     expected = engine.unmoved(base, 120), engine.unmoved(late, 60)
     streams = [engine.submit(prompt, 120) for prompt in base]
     streams[0].await_tokens(5)
     target = engine.elsewhere()
-    engine.begin(target, pause=True, rate_limit=3e6)
-    engine.await_phase(phase)
+    engine.begin(target, pause=True, rate_limit=1e5 if phase == "staging" else 3e6)
+    if phase in DECIDED:
+        engine.await_phase("armed", held=True)
+        engine.proceed()
+    engine.await_phase(phase, held=phase in ("staging", "armed"))
     added = [engine.submit(prompt, 60) for prompt in late]
     added[1].await_tokens(1)
-    if PHASES.index(phase) >= PHASES.index("patching"):
-        engine.await_phase("armed")
+    if phase in ("patching", "write_through", "armed"):
+        engine.await_phase("armed", held=True)
     engine.proceed()
     after = engine.ended()
     assert after["layers"] == target, after
@@ -167,7 +174,7 @@ def test_a_move_cancelled_in_a_phase_leaves_everything_as_it_was(engine, phase):
     # Patching goes on until the cancel, or is over soon.
     limit = 1000.0 if phase in ("write_through", "armed") else 0.01
     engine.begin(engine.elsewhere(), pause=True, rate_limit=slow, max_stop_ms=limit)
-    engine.await_phase(phase)
+    engine.await_phase(phase, held=phase in ("staging", "patching", "armed"))
     engine.cancel()
     after = engine.ended()
     assert after["job"]["error"]["type"] == CancelledError.__name__
@@ -215,7 +222,7 @@ def test_the_cache_shrinks_under_load_and_grows_again(engine):
     streams = [engine.submit(prompt, 200) for prompt in wanted]
     until(lambda: all(len(stream.tokens) >= 8 for stream in streams))
     engine.begin([5, 1], pause=True)
-    engine.await_phase("armed")
+    engine.await_phase("armed", held=True)
     during = engine.status()["blocks"]["capacity"]
     assert during < BLOCKS
     assert max(m["kv_bytes"] + m["weight_bytes"] - m["budget_bytes"] for m in engine.memory()) <= 0
@@ -266,13 +273,16 @@ def test_memory_is_given_back(engine):
 
 
 def test_zeroed_kv_changes_the_tokens(engine):
-    """The comparison can fail: with the moved KV zeroed, streams differ."""
+    """The comparison can fail: with the KV that came with the move zeroed, streams differ."""
     wanted = prompts(4, shared=30, seed=31)
     expected = engine.unmoved(wanted, 80)
     streams = [engine.submit(prompt, 80) for prompt in wanted]
     streams[0].await_tokens(5)
-    engine.reconfigure(engine.elsewhere())
-    engine.on_workers(_zero_kv)
+    old = engine.status()["layers"][0]
+    new = engine.reconfigure(engine.elsewhere())["to"][0]
+    gained = range(min(old, new), max(old, new))
+    zeroed = engine.on_workers(partial(_zero_kv, gained=gained))
+    assert zeroed == ([len(gained), 0] if new > old else [0, len(gained)])
     found = [stream.result() for stream in streams]
     assert sum(a != b for a, b in zip(found, expected, strict=True)) > 0
     engine.wait(engine.llm.reset_prefix_cache())
@@ -290,9 +300,13 @@ def _preemptions() -> float:
     )
 
 
-def _zero_kv(worker):
-    for view in worker.model_runner.kv_caches:
-        view[: worker.model_runner.pipelive.pool.capacity].zero_()
+def _zero_kv(worker, gained):
+    """Zero the KV of those layers where they run now; how many of them do here."""
+    state = worker.model_runner.pipelive
+    here = [layer for layer in state.layers.attention_names if layer in gained]
+    for layer in here:
+        state.kv_view(layer)[: state.pool.capacity].zero_()
+    return len(here)
 
 
 def _kv_memory(worker):
