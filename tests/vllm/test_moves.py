@@ -147,7 +147,7 @@ def test_requests_that_arrive_in_a_phase(engine, phase):
     streams = [engine.submit(prompt, 120) for prompt in base]
     streams[0].await_tokens(5)
     target = engine.elsewhere()
-    engine.begin(target, pause=True, rate_limit=1e5 if phase == "staging" else 3e6)
+    engine.begin(target, pause=True, rate_limit=1e6 if phase == "staging" else 3e6)
     if phase in DECIDED:
         engine.await_phase("armed", held=True)
         engine.proceed()
