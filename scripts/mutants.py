@@ -175,6 +175,22 @@ MUTANTS = (
         ("kv_tests", "tests/kv"),
     ),
     Mutant(
+        "event-fence",
+        "no page is unmapped before the streams that use the blocks on it have passed",
+        CORE + "kv/kv_pool.cpp",
+        "events.push_back(device()->record(user));\n  wait_for(events, deadline);",
+        "events.push_back(device()->record(user));",
+        ("cuda_tests:CudaPoolTest*",),
+    ),
+    Mutant(
+        "step-event",
+        "what a step writes is collected only after its event has passed",
+        CORE + "tracker/dirty_tracker.cpp",
+        "if (!step.event || !step.event->done()) break;",
+        "if (!step.event) break;",
+        ("tracker_tests",),
+    ),
+    Mutant(
         "resident",
         "an operation never touches an unmapped page, it raises",
         CORE + "kv/residency.cpp",
@@ -391,7 +407,8 @@ class Copy:
             command += ["--hypothesis-profile=no-shrink", "-p", "no:cacheprovider"]
         else:
             program, _, chosen = test.partition(":")
-            command = [str(self._build / "cpp" / program), "--gtest_brief=1", "--gtest_fail_fast"]
+            layer = "cuda" if program.startswith("cuda_") else "cpp"
+            command = [str(self._build / layer / program), "--gtest_brief=1", "--gtest_fail_fast"]
             command += [f"--gtest_filter={chosen}"] if chosen else []
         try:
             done = subprocess.run(
