@@ -28,7 +28,9 @@ def model(tmp_path_factory):
 
 
 def start(model, out, *arguments):
-    command = [sys.executable, "-m", "pipelive_kv.cli", "demo", "--model", str(model)]
+    # A shell's background jobs ignore interrupts, and what they start inherits that.
+    command = ["env", "--default-signal=INT", sys.executable]
+    command += ["-m", "pipelive_kv.cli", "demo", "--model", str(model)]
     return subprocess.Popen(
         [*command, "--out", str(out), *arguments],
         stdout=subprocess.PIPE,
