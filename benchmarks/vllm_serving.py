@@ -2,13 +2,15 @@
 
 An engine of stock vLLM and one with the plugin stand beside each other and take turns, one run each
 (``--pairs``), so that whatever else the machine does meets both; then the second one moves layers
-while it serves::
+while it serves, in turns with reconfigurations that move nothing, for comparison::
 
     scripts/vllm_env.sh python benchmarks/vllm_serving.py --out docs/benchmarks/vllm.json
 
 Speed is tokens per second of all streams together, from the first token of the last stream to the
 last of the first. A *gap* is the time between two tokens of one stream; it is told in units of the
-median gap of the same streams outside of moves.
+median gap of the same streams outside of moves. The stop time is the wait for the decision, for the
+gate and for the activation of the worst stage, as the reports have them; what the gate waits for
+steps that were under way anyway is in it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +74,16 @@ async def generate(llm: Any, streams: int, tokens: int, number: str) -> Run:
     return run
 
 
-async def moved(llm: Any, arguments: argparse.Namespace, number: str) -> dict[str, Any]:
-    """One run with a move there and back."""
+async def moved(
+    llm: Any, arguments: argparse.Namespace, number: str, splits: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """One run with a reconfiguration to each of the splits."""
     import pipelive_kv.engines.vllm as live  # noqa: PLC0415
 
     task = asyncio.ensure_future(generate(llm, arguments.streams, arguments.tokens, number))
     spans: list[tuple[float, float, float, float]] = []
     jobs = []
-    for split in (arguments.other, arguments.split):
+    for split in splits:
         await asyncio.sleep(1.0)
         begin = time.monotonic()
         jobs.append(await live.reconfigure_async(llm, split, timeout=300))
@@ -148,7 +153,11 @@ async def child(arguments: argparse.Namespace) -> None:
     print(MARK + "{}", flush=True)
     for number, wish in enumerate(iter(sys.stdin.readline, "")):
         if wish.strip() == "move":
-            answer = await moved(llm, arguments, f"run{number}")
+            splits = (arguments.other, arguments.split)
+            answer = await moved(llm, arguments, f"run{number}", splits)
+        elif wish.strip() == "stay":
+            splits = (arguments.split, arguments.split)
+            answer = await moved(llm, arguments, f"run{number}", splits)
         else:
             run = await generate(llm, arguments.streams, arguments.tokens, f"run{number}")
             gaps = [(b - a) * 1e3 for a, b in run.gaps()]
@@ -214,13 +223,19 @@ class Child:
         self.process.wait()
 
 
-def summary(idle: dict[str, list[Any]], moves: list[Any]) -> dict[str, Any]:
+def stop_ms(move: dict[str, Any]) -> float:
+    stop: float = move["job"]["stop_ms"] + move["job"]["decision_wait_ms"]
+    return stop
+
+
+def summary(idle: dict[str, list[Any]], moves: list[Any], stays: list[Any]) -> dict[str, Any]:
     speeds = {kind: [run["speed"] for run in runs] for kind, runs in idle.items()}
     ratios = [b / a for a, b in zip(speeds["stock"], speeds["plugin"], strict=True)]
     calm = sorted(gap for run in moves for gap in run["calm_gaps_ms"])
     step = statistics.median(calm)
     expected = idle["stock"][0]["tokens"]
     each = [move for run in moves for move in run["moves"]]
+    nothing = [move for run in stays for move in run["moves"]]
     return {
         "tokens_per_s": {kind: statistics.median(found) for kind, found in speeds.items()},
         "all_tokens_per_s": speeds,
@@ -229,7 +244,12 @@ def summary(idle: dict[str, list[Any]], moves: list[Any]) -> dict[str, Any]:
         "step_ms": step,
         "longest_calm_gap_in_steps": calm[-1] / step,
         "p99_calm_gap_in_steps": calm[int(len(calm) * 0.99)] / step,
-        "stop_ms": [move["job"]["stop_ms"] for move in each],
+        "stop_ms": [stop_ms(move) for move in each],
+        "decision_wait_ms": [move["job"]["decision_wait_ms"] for move in each],
+        "stop_ms_where_nothing_moves": [stop_ms(move) for move in nothing],
+        "longest_gap_where_nothing_moves_in_steps": [
+            max(move["gaps_ms"], default=0.0) / step for move in nothing
+        ],
         "move_seconds": [move["seconds"] for move in each],
         "mb_moved": [move["job"]["bytes_moved"] / 1e6 for move in each],
         "longest_gap_in_a_move_in_steps": [max(move["gaps_ms"]) / step for move in each],
@@ -246,7 +266,7 @@ def summary(idle: dict[str, list[Any]], moves: list[Any]) -> dict[str, Any]:
         ],
         "tokens_same_as_stock": all(run["tokens"] == expected for run in idle["plugin"]),
         "stock_bit_stable": all(run["tokens"] == expected for run in idle["stock"]),
-        "tokens_same_when_moved": all(run["tokens"] == expected for run in moves),
+        "tokens_same_when_moved": all(run["tokens"] == expected for run in (*moves, *stays)),
     }
 
 
@@ -257,7 +277,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--pairs", type=int, default=6, help="runs of each engine, in turns")
-    parser.add_argument("--moved", type=int, default=3, help="runs with a move each way")
+    parser.add_argument(
+        "--moved", type=int, default=3, help="runs with a move each way, and as many without"
+    )
     parser.add_argument("--split", type=int, nargs=2, default=[18, 12], help="layers at start")
     parser.add_argument("--other", type=int, nargs=2, default=[12, 18], help="layers to move to")
     parser.add_argument("--out", type=Path)
@@ -280,11 +302,14 @@ def main() -> None:
                 idle[kind].append(engines[kind].run("idle"))
                 print(f"{kind}: {idle[kind][-1]['speed']:.1f} tokens/s", flush=True)
         engines.pop("stock").end()
-        moves = [engines["plugin"].run("move") for _ in range(arguments.moved)]
+        moves, stays = [], []
+        for _ in range(arguments.moved):
+            moves.append(engines["plugin"].run("move"))
+            stays.append(engines["plugin"].run("stay"))
     finally:
         for engine in engines.values():
             engine.end()
-    found = summary(idle, moves)
+    found = summary(idle, moves, stays)
     found["command"] = " ".join(sys.argv)
     found["date"] = datetime.date.today().isoformat()
     found["cores"] = os.cpu_count()

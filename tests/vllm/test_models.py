@@ -10,9 +10,11 @@ from tests.vllm.runs import Engine, prompts
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen2", "float32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3", "bfloat16"), ("qwen2", "float32"), ("llama", "float16")]
+)
 def test_tokens_are_the_same(family, dtype, tmp_path):
-    """One request alone: with several, bfloat16's rounding follows how they share a batch."""
+    """One request alone: with several, rounding to two bytes follows how they share a batch."""
     model = tiny_model(family, tmp_path, head_dim=32, hidden_size=128, vocab_size=512)
     options = {"budget_bytes": 64 << 20}  # pages are large beside such layers
     engine = Engine(model, options=options, dtype=dtype, num_gpu_blocks_override=64)

@@ -5,6 +5,7 @@ Prefix caching is off here; test_moves.py moves with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +86,19 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture(scope="module")
-def server(tiny_llama, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
+@contextlib.contextmanager
+def serving(model: Path, folder: Path, *more: str) -> Iterator[Server]:
+    log = folder / "log"
     port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_llama)),
+                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
                 *("--port", str(port), "--host", "127.0.0.1", "--api-key", KEY),
                 *("--pipeline-parallel-size", "2", "--enforce-eager", "--dtype", "float32"),
                 *("--max-model-len", "512", "--block-size", "32", "--no-enable-prefix-caching"),
                 *("--num-gpu-blocks-override", "400", "--served-model-name", "tiny"),
-                *("--additional-config", '{"pipelive": {}}'),
+                *more,
             ],
             stdout=output,
             stderr=output,
@@ -114,6 +116,13 @@ def server(tiny_llama, tmp_path_factory):
             except ProcessLookupError:
                 continue
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama, tmp_path_factory):
+    options = ("--additional-config", '{"pipelive": {}}')
+    with serving(tiny_llama, tmp_path_factory.mktemp("server"), *options) as found:
+        yield found
 
 
 def healthy(server: Server) -> bool:
@@ -241,15 +250,23 @@ def test_bad_requests_are_refused(server, body, says):
     assert says in json.loads(answer)["error"]
 
 
-def test_a_killed_worker_ends_the_server_in_bounded_time(server):
-    """As stock vLLM does: nothing of ours keeps it, and nothing of it stays."""
+def end_by_killing_a_worker(server: Server) -> int:
+    """The server's exit status; nothing of it is left."""
+    killed = workers(server.process.pid, "VLLM::Worker")
+    assert len(killed) == 2
+    os.kill(killed[0], signal.SIGKILL)
+    code = server.process.wait(timeout=60)
+    until(lambda: workers(server.process.pid) == [])
+    return code
+
+
+def test_a_killed_worker_ends_the_server_as_it_does_stock_vllm(server, tiny_llama, tmp_path):
     target = [2, 4] if server.status()["layers"] != [2, 4] else [4, 2]
     body = {"layers": target, "wait": False, "options": {"pause": True}}
     assert server.call("/pipelive/reconfigure", body)[0] == 200
     until(lambda: server.status()["job"]["phase"] == "armed")
     assert not server.status()["job"]["final"]
-    killed = workers(server.process.pid, "VLLM::Worker")
-    assert len(killed) == 2
-    os.kill(killed[0], signal.SIGKILL)
-    server.process.wait(timeout=60)
-    until(lambda: workers(server.process.pid) == [])
+    code = end_by_killing_a_worker(server)
+    with serving(tiny_llama, tmp_path) as stock:
+        assert stock.text("t5 t6 t7", 5)
+        assert code == end_by_killing_a_worker(stock)

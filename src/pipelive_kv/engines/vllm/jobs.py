@@ -103,6 +103,7 @@ def _describe(job: Job) -> dict[str, Any]:
         "dry_run": report.dry_run,
         "switched_at_step": report.step,
         "stop_ms": report.stop_s * 1e3,
+        "decision_wait_ms": report.decision_wait_s * 1e3,
         "seconds": report.seconds,
         "bytes_moved": report.bytes_moved,
         "rounds": len(report.rounds),
