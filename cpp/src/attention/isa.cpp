@@ -1,5 +1,9 @@
 #include "pipelive/attention/isa.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <string>
@@ -13,9 +17,13 @@ namespace {
 
 bool processor_has(Isa isa) {
 #if defined(__x86_64__)
-  const auto has_avx2 = [] {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+  // Of clang, __builtin_cpu_supports knows it in its later releases only.
+  const auto has_f16c = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  };
+  const auto has_avx2 = [&] {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   };
   const auto has_avx512 = [] {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

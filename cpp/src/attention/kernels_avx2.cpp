@@ -72,7 +72,7 @@ inline void reduce4(const V* v, float* out) {
   const __m256 abcd = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
-inline void reduce4x4(const V (*)[4], float*, int) {}
+[[maybe_unused]] inline void reduce4x4(const V (*)[4], float*, int) {}
 
 template <class E>
 inline V load(const E* p) {

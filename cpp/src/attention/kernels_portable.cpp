@@ -76,7 +76,7 @@ inline float horizontal_max(V v) {
 inline void reduce4(const V* v, float* out) {
   for (int t = 0; t < 4; ++t) out[t] = horizontal_sum(v[t]);
 }
-inline void reduce4x4(const V (*)[4], float*, int) {}
+[[maybe_unused]] inline void reduce4x4(const V (*)[4], float*, int) {}
 
 inline float from_bits(std::uint32_t bits) {
   float x;

@@ -82,7 +82,7 @@ void Residency::Use::end() noexcept {
 
 void Residency::drain(Deadline deadline) {
   std::unique_lock lock(mutex_);
-  const auto fail_busy = [this](std::uint64_t uses) {
+  const auto fail_busy = [](std::uint64_t uses) {
     throw Error(ErrorCode::busy,
                 std::to_string(uses) + " operations still use the blocks that are to go");
   };
