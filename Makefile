@@ -128,7 +128,7 @@ fuzz: setup  ## Run the libFuzzer targets, FUZZ_SECONDS=60 each (needs clang; bu
 	  -DPIPELIVE_BUILD_PYTHON=OFF -DPIPELIVE_CUDA=OFF -DPIPELIVE_FUZZ=ON \
 	  -DPIPELIVE_SANITIZE=fuzzer-no-link,address,undefined
 	@$(COMPILE) build/fuzz -j $(JOBS) --target wire_fuzz receiver_fuzz sender_fuzz tcp_channel_fuzz \
-	  shm_channel_fuzz peer_channel_fuzz
+	  shm_channel_fuzz peer_channel_fuzz nccl_channel_fuzz
 	@scripts/fuzz.sh build/fuzz
 
 # The tests whose result the architectures may change; `make test` runs all of them for one.

@@ -13,7 +13,7 @@ build=${1:?usage: fuzz.sh BUILD [TARGET...]}
 shift
 targets=("$@")
 if ((${#targets[@]} == 0)); then
-  for program in "$build"/cpp/fuzz/*_fuzz; do
+  for program in "$build"/{cpp,cuda}/fuzz/*_fuzz; do
     name=${program##*/}
     targets+=("${name%_fuzz}")
   done
@@ -23,10 +23,11 @@ mkdir -p "$build/findings"
 failed=()
 for target in "${targets[@]}"; do
   kept=$build/corpus/$target
+  fuzzer=("$build"/*/fuzz/"${target}_fuzz")
   log=$build/findings/$target.log
   mkdir -p "$kept"
   printf '== %s for %s s\n' "$target" "$seconds"
-  if ! UBSAN_OPTIONS=print_stacktrace=1 "$build/cpp/fuzz/${target}_fuzz" "$kept" "cpp/fuzz/corpus/$target" \
+  if ! UBSAN_OPTIONS=print_stacktrace=1 "${fuzzer[0]}" "$kept" "cpp/fuzz/corpus/$target" \
     -max_total_time="$seconds" -max_len=4096 -timeout=30 -print_final_stats=1 \
     -artifact_prefix="$build/findings/$target-" >"$log" 2>&1; then
     failed+=("$target")

@@ -194,6 +194,44 @@ void add_notes(const Corpus& corpus) {
   corpus.add("peer_channel", "both_ways", peer);
 }
 
+void put_answer(Seed& seed, Note::Kind kind, std::uint8_t number, std::uint8_t attempt) {
+  for (const std::uint8_t byte : {static_cast<std::uint8_t>(kind), std::uint8_t{0}, number, attempt,
+                                  std::uint8_t{0}, std::uint8_t{0}}) {
+    seed.put(byte);
+  }
+}
+
+void add_transfers(const Corpus& corpus) {
+  constexpr std::uint8_t kReceive = 0;
+  constexpr std::uint8_t kSend = 1;
+  constexpr std::uint8_t kFeed = 2;
+  constexpr std::uint8_t kAnswer = 64;  // as many times as there are answers
+  // Two messages with 256 bytes beside each; the second transfer is put off once.
+  Seed in;
+  for (const std::uint8_t number : {1, 2}) {
+    put_note(in, kFeed, 1, number, 0, 0, 1);
+    in.put(std::uint8_t{4}).put(std::uint32_t{0x04030201});
+    put_answer(in.put(kFeed), Note::Kind::offer, number, 1);
+    if (number == 1) {
+      put_answer(in.put(std::uint8_t{kReceive + kAnswer}), Note::Kind::go, number, 1);
+    } else {
+      in.put(std::uint8_t{kReceive + 3 * kAnswer});
+      put_answer(in, Note::Kind::withdraw, number, 1);
+      put_answer(in, Note::Kind::offer, number, 2);
+      put_answer(in, Note::Kind::go, number, 2);
+    }
+  }
+  corpus.add("nccl_channel", "receive", in);
+  // Two payloads are sent; the second is accepted only when it is offered again.
+  Seed out;
+  out.put(std::uint8_t{kSend + kAnswer}).put(std::uint16_t{100});
+  put_answer(out, Note::Kind::accept, 1, 1);
+  out.put(std::uint8_t{kSend + 2 * kAnswer}).put(std::uint16_t{200});
+  put_answer(out, Note::Kind::reject, 2, 1);
+  put_answer(out, Note::Kind::accept, 2, 2);
+  corpus.add("nccl_channel", "send", out);
+}
+
 }  // namespace
 }  // namespace pipelive::fuzz
 
@@ -218,5 +256,6 @@ int main(int count, char** names) {
   add_streams(corpus);
   add_rings(corpus);
   add_notes(corpus);
+  add_transfers(corpus);
   return 0;
 }

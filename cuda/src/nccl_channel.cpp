@@ -7,9 +7,6 @@
 namespace pipelive::cuda {
 namespace {
 
-// How long an end that holds its turn waits for the other's word. The other is in the middle of the
-// handshake and answers at once.
-constexpr std::chrono::seconds kVerdictPatience{2};
 constexpr std::chrono::seconds kReleasePatience{30};
 constexpr std::chrono::microseconds kFirstPause{50};
 constexpr unsigned kMostDoublings = 3;  // pauses of up to 0.4 ms, less than a turn is left free
@@ -221,7 +218,7 @@ bool NcclChannel::pull(const Note& message, Deadline deadline) {
     const TurnHeld turn(*options_.turn);
     note.kind = Note::Kind::accept;
     link_.send(held, note, deadline);
-    if (!link_.wait(held, later(deadline, Deadline::after(kVerdictPatience)),
+    if (!link_.wait(held, later(deadline, Deadline::after(options_.verdict_patience)),
                     [&] { return verdict_.has_value(); })) {
       held.unlock();
       fail(Error(ErrorCode::timeout, "the peer's offer was accepted, but it did not go on"),

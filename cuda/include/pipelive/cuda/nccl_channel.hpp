@@ -39,6 +39,9 @@ class NcclChannel final : public Channel {
     std::size_t window_bytes = std::size_t{8} << 20;  ///< the same at both ends
     /// How long a transfer may take once both ends have issued it.
     std::chrono::nanoseconds transfer_limit = std::chrono::seconds(10);
+    /// How long an end that holds its turn waits for the other's word, which is in the middle of
+    /// the handshake and answers at once.
+    std::chrono::nanoseconds verdict_patience = std::chrono::seconds(2);
   };
 
   /// `base` carries messages and notes. Throws Error(invalid_argument), and what the device throws.
