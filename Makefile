@@ -136,7 +136,7 @@ cuda: setup  ## Compile the CUDA kernels for all architectures and test them (ne
 	@$(CONFIGURE) -B build/cuda -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \
 	  -DPIPELIVE_BUILD_TESTS=ON -DPIPELIVE_CUDA=ON
 	@$(COMPILE) build/cuda -j $(JOBS) --target cuda_image_tests
-	@$(CTEST) --test-dir build/cuda/cuda -E NOT_BUILT
+	@$(CTEST) --test-dir build/cuda/cuda -E 'NOT_BUILT|^Fuzz'
 
 # Outside of CI: the whole table of faults (N=0), or N trials drawn at random.
 N ?= 0
