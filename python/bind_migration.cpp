@@ -252,8 +252,11 @@ void bind_receiver(py::module_& m) {
            py::arg("regions"), py::arg("checksum"))
       .def(
           "run",
-          [](PatchReceiver& receiver, double timeout) { receiver.run(deadline_of(timeout)); },
-          py::arg("timeout"), Release())
+          [](PatchReceiver& receiver, double timeout, std::optional<std::uint64_t> rounds) {
+            return receiver.run(deadline_of(timeout),
+                                rounds.value_or(PatchReceiver::kUntilFinished));
+          },
+          py::arg("timeout"), py::arg("rounds"), Release())
       .def("applied_through", &PatchReceiver::applied_through, Release())
       .def("rounds_applied", &PatchReceiver::rounds_applied, Release())
       .def(

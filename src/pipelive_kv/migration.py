@@ -376,15 +376,22 @@ class PatchReceiver:
         """Of the reconfiguration."""
         return self._epoch
 
-    def run(self, timeout: float) -> None:
-        """Receive and apply until the source has finished; once per receiver.
+    def run(self, timeout: float, *, rounds: int | None = None) -> bool:
+        """Receive and apply until the source has finished, or until so many rounds are applied.
+
+        True where the source has finished. After False it is called again, from any thread: so the
+        bulk, which is the first round, can be left to a thread that takes its time.
 
         Whatever it raises ends the session: the source is told why, the channel is closed, and
         waiters raise the same. ProtocolError: the source sent what it must not; CorruptError: a
         checksum does not agree; NotResidentError: slots that were not mapped until the deadline;
-        ClosedError: the source has gone; CancelledError; DeadlineError.
+        ClosedError: the source has gone; CancelledError; DeadlineError. InvalidArgumentError, which
+        ends nothing: another call is under way, the source has finished, ``rounds`` is below 1.
         """
-        self._core.run(timeout)
+        if rounds is not None and rounds < 1:
+            raise InvalidArgumentError(f"rounds is {rounds}, expected None or 1 or more")
+        finished: bool = self._core.run(timeout, rounds)
+        return finished
 
     @property
     def applied_through(self) -> int:

@@ -43,6 +43,7 @@ class Ends:
             EPOCH,
             self.tracker,
             self.outgoing,
+            Background(nice),
             sealed=-1,
             block_size=SPEC.block_size,
             verify=False,
@@ -91,6 +92,7 @@ class Ends:
             (layer,),
             PatchListener("tcp", key=KEY),
             lambda channel: PatchReceiver(channel, SPEC, view, epoch=EPOCH),
+            self.background,
             time.monotonic() + 60,
         )
 

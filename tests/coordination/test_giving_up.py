@@ -73,6 +73,7 @@ def source():
             1,
             tracker,
             [move],
+            Background(),
             sealed=-1,
             block_size=4,
             verify=False,

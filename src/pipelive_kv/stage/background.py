@@ -6,14 +6,14 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
 
 class Background:
-    """Threads with a niceness of their own, for what loads weights and maps memory.
+    """Threads with a niceness of their own: for weights, for mapping memory, for the bulk of KV.
 
     New ones for each work: without privileges a thread cannot take its niceness back.
     """
@@ -22,6 +22,11 @@ class Background:
         """``nice`` is added to the process's own niceness."""
         self._nice = nice
 
+    @property
+    def is_nice(self) -> bool:
+        """Whether work here takes longer where the cores are busy."""
+        return self._nice > 0
+
     def threads(self, count: int) -> ThreadPoolExecutor:
         """So many threads, for as long as the executor is open."""
         return ThreadPoolExecutor(
@@ -29,14 +34,26 @@ class Background:
         )
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Make the call in such a thread and wait for its end; raises what it raises."""
-        if self._nice == 0:
+        """Make the call in such a thread and wait for its end; raises what it raises.
+
+        A process ends without waiting for the thread: the call may wait for a peer.
+        """
+        if not self.is_nice:
             return call()
-        with self.threads(1) as pool:
-            return pool.submit(call).result()
+        done: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                self._enter()
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=work, name="pipelive-background", daemon=True).start()
+        return done.result()
 
     def _enter(self) -> None:
-        if self._nice == 0 or platform.system() != "Linux":
+        if not self.is_nice or platform.system() != "Linux":
             return  # elsewhere niceness is not a thread's
         usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
         wanted = min(19, usual + self._nice)

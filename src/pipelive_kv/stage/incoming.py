@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from pipelive_kv.errors import CancelledError, DeadlineError, PipeliveError
 from pipelive_kv.migration import PatchReceiver
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.limits import (
     JOIN_TIMEOUT,
     RECONNECT_ATTEMPT,
@@ -34,6 +35,7 @@ class Incoming:
         layers: these.
         listener: where the source connects.
         make_receiver: for a connection.
+        background: whose thread applies the bulk.
         ends_at: on the monotonic clock; for the first connection.
     """
 
@@ -43,12 +45,14 @@ class Incoming:
         layers: tuple[int, ...],
         listener: PatchListener,
         make_receiver: Callable[[Channel], PatchReceiver],
+        background: Background,
         ends_at: float,
     ) -> None:
         self.source = source
         self.layers = layers
         self._listener = listener
         self._make_receiver = make_receiver
+        self._background = background
         self._ends_at = ends_at
         self._lock = threading.Condition()
         self._receiver: PatchReceiver | None = None
@@ -180,7 +184,11 @@ class Incoming:
     def _apply(self, receiver: PatchReceiver) -> PatchReceiver | None:
         """Apply all that comes; the receiver to go on with, None where the source has finished."""
         try:
-            receiver.run(timeout=SESSION_TIMEOUT)
+            finished = False
+            if not self._rounds_before:  # the bulk; steps may wait for whatever comes later
+                finished = self._background.run(lambda: receiver.run(SESSION_TIMEOUT, rounds=1))
+            if not finished:
+                receiver.run(SESSION_TIMEOUT)
             with self._lock:
                 self._finished = True
                 self._lock.notify_all()

@@ -304,7 +304,7 @@ class StageService:
             hello=self._hello(epoch),
             device=stage.pool.page_pool.device,
         )
-        return Incoming(source, layers, listener, make_receiver, ends_at)
+        return Incoming(source, layers, listener, make_receiver, stage.background, ends_at)
 
     def _hello(self, epoch: int) -> dict[str, str | int | bool]:
         """What both ends of a move must agree on; the order of a block in memory may differ."""
@@ -333,6 +333,7 @@ class StageService:
                     request.epoch,
                     stage.tracker,
                     outgoing,
+                    stage.background,
                     sealed=stage.last_seq,
                     block_size=stage.pool.spec.block_size,
                     verify=request.verify,

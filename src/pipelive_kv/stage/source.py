@@ -24,6 +24,7 @@ from pipelive_kv.errors import (
 )
 from pipelive_kv.messages import Converged, RoundRecord
 from pipelive_kv.migration import SentStep, WriteThrough
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.convergence import Convergence
 from pipelive_kv.stage.limits import (
     JOIN_TIMEOUT,
@@ -68,7 +69,7 @@ class _Shared:
 class SourceSession:
     """Copies the moving layers of one stage to their targets while steps go on.
 
-    The patch thread runs: the bulk of the live blocks first, then rounds that carry what the steps
+    The patch thread runs: the bulk of the live blocks first, in the background, then rounds that carry what the steps
     sealed since have written, each waiting for the one before to be applied. After
     :meth:`write_through` it sends each step's slots as soon as the step is sealed and waits for
     nothing, until :meth:`commit` names the last step it has to send; with that step's writes
@@ -80,6 +81,7 @@ class SourceSession:
         epoch: int,
         tracker: DirtyTracker,
         outgoing: Sequence[Outgoing],
+        background: Background,
         *,
         sealed: int,
         block_size: int,
@@ -89,6 +91,7 @@ class SourceSession:
     ) -> None:
         self.epoch = epoch
         self.outgoing = tuple(outgoing)
+        self._background = background
         self._tracker = tracker
         self._block_size = block_size
         self._verify = verify
@@ -291,10 +294,7 @@ class SourceSession:
         weights: Callable[[Outgoing], None] | None,
     ) -> None:
         try:
-            if weights is not None:
-                for move in self.outgoing:
-                    weights(move)
-            self._round(0, self._start_seq, live)
+            self._background.run(lambda: self._bulk(live, weights))
             through = self._begin_steps(*self._patch(max_rounds))
             while not self._send_steps(through):
                 pass
@@ -306,6 +306,13 @@ class SourceSession:
             self._tracker.release_hold()
             for move in self.outgoing:
                 move.sender.channel.close()
+
+    def _bulk(self, live: Ranges, weights: Callable[[Outgoing], None] | None) -> None:
+        if weights is not None:
+            for move in self.outgoing:
+                weights(move)
+        # How long it takes beside busy cores says nothing of what follows.
+        self._round(0, self._start_seq, live, learn=not self._background.is_nice)
 
     def _patch(self, max_rounds: int) -> tuple[int, int]:
         """Rounds until write-through is wanted; returns the next number and what is sent."""
@@ -404,7 +411,7 @@ class SourceSession:
             write_through=True,
         )
 
-    def _round(self, number: int, through: int, ranges: Ranges) -> None:
+    def _round(self, number: int, through: int, ranges: Ranges, *, learn: bool = True) -> None:
         start_ns = time.monotonic_ns()
         records = sent = 0
         busy = 0.0
@@ -418,7 +425,8 @@ class SourceSession:
         if self._verify:
             self._sent.append(ranges)
         slots = int(ranges[:, 1].sum()) if len(ranges) else 0
-        self._shared.convergence.observe(bytes=sent, records=records, seconds=busy)
+        if learn:
+            self._shared.convergence.observe(bytes=sent, records=records, seconds=busy)
         with self._lock:
             self._shared.applied = max(self._shared.applied, through)
             self._shared.bytes_sent += sent

@@ -44,7 +44,7 @@ struct PatchRegion {
 /// The target's end of a migration session: checks everything that arrives and writes it to live
 /// memory under the rules of epoch and generation.
 ///
-/// `run` is the only thing that writes, in its caller's thread, and only under a lock that `cancel`
+/// `run` is the only thing that writes, in its callers' threads, and only under a lock that `cancel`
 /// and `set_capacity` take too: when either has returned, nothing is written that it forbids.
 ///
 /// A message is checked as a whole before its first byte is written. A record never overwrites a
@@ -64,9 +64,13 @@ class PatchReceiver {
                 std::vector<PatchRegion> regions = {});
   ~PatchReceiver();
 
-  /// Receives until the source has finished. Once per receiver. Any error ends the session: the
-  /// source is told why, the channel is closed, and whoever waits is woken with the same error.
-  void run(Deadline deadline);
+  /// Receives until the source has finished, or until `rounds` rounds are applied and all before
+  /// them; true where it has finished. After false it is called again, from any thread: what a
+  /// receiver writes first is the bulk, which another thread may take its time for. Any error ends
+  /// the session: the source is told why, the channel is closed, and whoever waits is woken with
+  /// the same error. Throws Error(invalid_argument) while another call runs, and after the end.
+  bool run(Deadline deadline, std::uint64_t rounds = kUntilFinished);
+  static constexpr std::uint64_t kUntilFinished = ~std::uint64_t{0};
 
   /// The gate: waits until every write of steps up to `through_seq` is applied, to all layers or to
   /// the one given. Throws what ended `run`, if it ended before that.
@@ -109,7 +113,7 @@ class PatchReceiver {
     std::uint64_t slots = 0;
   };
 
-  void receive_all(Deadline deadline);
+  bool receive(Deadline deadline, std::uint64_t rounds);
   bool handle(const wire::Message& message, Deadline deadline);
   void check_header(const wire::Header& header) const;
   void take_hello(const wire::Message& message, Deadline deadline);
@@ -127,7 +131,8 @@ class PatchReceiver {
   Access access(const wire::Message& message, std::uint64_t end_slot, Deadline deadline);
   void reply(wire::Header header, std::span<const std::byte> payload, Deadline deadline);
   void tell_abort(const Error& error) noexcept;
-  void end(std::optional<Error> failure);
+  [[noreturn]] void fail(ErrorCode code, const std::string& why);
+  void end_locked(std::optional<Error> failure);
   template <typename Ready>
   void wait_until(const Ready& ready, Deadline deadline, const std::string& what);
 
