@@ -46,6 +46,10 @@ class FakeDriver {
   void capture(Stream stream, bool on) const {
     symbol<FakeDriverCapture>("fake_driver_capture")(stream.handle, on ? 1 : 0);
   }
+  /// Whether the stream is in a capture that nothing has broken.
+  [[nodiscard]] bool captures(Stream stream) const {
+    return symbol<FakeDriverCaptures>("fake_driver_captures")(stream.handle) != 0;
+  }
   void attribute(cuda::DeviceAttribute which, int value) const {
     symbol<FakeDriverAttribute>("fake_driver_attribute")(static_cast<int>(which), value);
   }

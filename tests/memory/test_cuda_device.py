@@ -186,6 +186,27 @@ def test_a_capture_refuses_a_shrink(cuda: FakeCuda) -> None:
         pool.shrink(5)
 
 
+def test_a_capture_refuses_what_comes_from_outside(cuda: FakeCuda) -> None:
+    with KVPool(
+        SPEC,
+        num_layers=1,
+        layers=[0],
+        max_blocks=48,
+        capacity=48,
+        device=cuda.device(),
+        page_bytes=PAGE,
+    ) as pool:
+        view = pool.layer(0)
+        pool.use_stream(1)
+        own = 2  # of this thread
+        cuda.library.fake_driver_capture(ctypes.c_void_p(own), 1)
+        with pytest.raises(BusyError, match="captured into a CUDA graph"):
+            view.__dlpack__(stream=own)
+        cuda.library.fake_driver_capture(ctypes.c_void_p(own), 0)
+        view.__dlpack__(stream=own)
+        pool.release_stream(1)
+
+
 def test_memory_of_a_gpu_is_adopted(cuda: FakeCuda) -> None:
     with KVPool(
         SPEC,

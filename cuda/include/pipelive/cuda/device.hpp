@@ -71,7 +71,7 @@ class CudaDevice final : public Device {
   void copy(std::byte* target, const std::byte* source, std::size_t bytes,
             Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
-  /// Throws Error(busy) for a stream that is being captured into a graph.
+  /// Both throw Error(busy) for a stream that is being captured into a graph.
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
   void order_after(Stream stream, const std::shared_ptr<Event>& event) override;
   [[nodiscard]] std::vector<Stream> implicit_streams() const override { return {kDefaultStream}; }
