@@ -27,6 +27,8 @@ CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int ordinal)
                 info_.name + " (" + this->driver().device_name(ordinal) +
                     ") lacks virtual memory management (cuMemCreate, cuMemMap), which pools need");
   }
+  this->driver().check(this->driver().api().device_total_mem(&total_bytes_, context_->device()),
+                       "cuDeviceTotalMem");
   choose_properties();
   this->driver().check(this->driver().api().mem_get_allocation_granularity(
                            &info_.page_granularity, &properties_, Granularity::minimum),

@@ -53,6 +53,10 @@ class FakeDriver {
   void attribute(cuda::DeviceAttribute which, int value) const {
     symbol<FakeDriverAttribute>("fake_driver_attribute")(static_cast<int>(which), value);
   }
+  void memory(std::uint64_t bytes) const { symbol<FakeDriverMemory>("fake_driver_memory")(bytes); }
+  [[nodiscard]] std::uint64_t lowest_free(int device = 0) const {
+    return symbol<FakeDriverLowestFree>("fake_driver_lowest_free")(device);
+  }
   void devices(int count) const { symbol<FakeDriverDevices>("fake_driver_devices")(count); }
   [[nodiscard]] int held() const { return symbol<FakeDriverHeld>("fake_driver_held")(); }
   [[nodiscard]] std::string mistakes() const {

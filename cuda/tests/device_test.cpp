@@ -161,6 +161,26 @@ TEST_F(CudaDeviceTest, NoMemoryIsSaidInNumbers) {
   EXPECT_EQ(device().usage(), DeviceUsage{});
 }
 
+// Others in the process must not find that there is no memory because we tried.
+TEST_F(CudaDeviceTest, WhatDoesNotFitIsRefusedWithoutTakingWhatIsThere) {
+  constexpr std::size_t kPages = 64;
+  fake_.memory(kPages * kCudaPage);
+  const auto pages = device().create_pages(kCudaPage, kPages / 2);
+  const std::uint64_t free = fake_.lowest_free();
+  EXPECT_EQ(free, kPages / 2 * kCudaPage);
+  EXPECT_ERROR(out_of_memory, std::to_string(free) + " bytes free",
+               (void)device().create_pages(kCudaPage, kPages / 2 + 1));
+  EXPECT_EQ(fake_.lowest_free(), free);
+  device().destroy_pages(kCudaPage, pages);
+}
+
+TEST_F(CudaDeviceTest, AFewPagesAreMadeWithoutAskingForWhatIsFree) {
+  (void)device();
+  const std::uint64_t asked = fake_.count("cuMemGetInfo");
+  device().destroy_pages(kCudaPage, device().create_pages(kCudaPage, 2));
+  EXPECT_EQ(fake_.count("cuMemGetInfo"), asked);
+}
+
 TEST_F(CudaDeviceTest, ReadOnlyPagesOfAPeerCannotBeWritten) {
   const auto pages = device().create_pages(kCudaPage, 1);
   const ExportedPages exported = device().export_page(kCudaPage, pages[0]);

@@ -68,6 +68,7 @@ void reset() {
   s.version = kFakeVersion;
   s.total_bytes = std::size_t{4} << 30;
   s.granularity = std::size_t{2} << 20;
+  s.most_used.clear();
   s.attributes.clear();
   s.broken = kSuccess;
   s.devices.clear();
@@ -169,6 +170,10 @@ FAKE_EXPORT void fake_driver_version(int version) {
 }
 FAKE_EXPORT void fake_driver_memory(std::uint64_t bytes) {
   state().total_bytes = bytes;
+}
+FAKE_EXPORT std::uint64_t fake_driver_lowest_free(int device) {
+  const Lock lock(state().mutex);
+  return state().total_bytes - state().most_used[device];
 }
 FAKE_EXPORT void fake_driver_granularity(std::uint64_t bytes) {
   state().granularity = bytes;

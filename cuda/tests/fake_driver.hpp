@@ -37,6 +37,8 @@ using FakeDriverDevices = void(int count);
 using FakeDriverVersion = void(int version);
 /// Bytes of each device; 4 GiB after a reset.
 using FakeDriverMemory = void(std::uint64_t bytes);
+/// The fewest bytes of a device that have been free at any time since the reset.
+using FakeDriverLowestFree = std::uint64_t(int device);
 /// The granularity of allocations; 2 MiB after a reset.
 using FakeDriverGranularity = void(std::uint64_t bytes);
 /// A device attribute's value from now on, for every device.

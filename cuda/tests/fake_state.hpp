@@ -110,6 +110,7 @@ struct State {
   int version = kFakeVersion;
   std::size_t total_bytes = std::size_t{4} << 30;
   std::size_t granularity = std::size_t{2} << 20;
+  std::map<int, std::size_t> most_used;  ///< bytes in use at the same time so far, by device
   std::map<int, int> attributes;
   Result broken = kSuccess;  ///< an asynchronous failure, returned by every call from then on
 
@@ -151,6 +152,8 @@ bool device_memory(DevicePointer pointer, std::size_t bytes, bool write);
 /// Whether the address belongs to the devices at all.
 bool is_device_address(DevicePointer pointer);
 std::size_t used_bytes(int device);
+/// Keeps count after memory was taken.
+void note_used(int device);
 void release_all_memory();
 
 FakeStream* find_stream(StreamHandle stream);

@@ -112,6 +112,7 @@ class CudaDevice final : public Device {
   const std::shared_ptr<const PrimaryContext> context_;
   const pid_t process_;
   DeviceInfo info_;
+  std::size_t total_bytes_ = 0;  ///< of the device's memory
   AllocationProperties properties_;
   std::shared_ptr<EventPool> events_;
   std::unique_ptr<OwnStream> own_;
