@@ -52,6 +52,8 @@ using FakeDriverPending = int(void* stream);
 using FakeDriverCapture = void(void* stream, int on);
 /// Whether the stream is being captured and nothing has broken the capture.
 using FakeDriverCaptures = int(void* stream);
+/// A stream of device 0 as another library would make it, non-blocking; there until a reset.
+using FakeDriverNewStream = std::uint64_t();
 /// What stands in for a kernel: called when the stream comes to it, with the one parameter.
 using FakeKernelRun = void(const char* name, unsigned grid, unsigned block, const void* parameter);
 /// From now on, also after a reset, every module has a kernel of that name, whose one parameter has

@@ -191,6 +191,12 @@ FAKE_EXPORT void fake_driver_capture(void* stream, int on) {
   found->capture_number = ++state().captures;
 }
 
+FAKE_EXPORT std::uint64_t fake_driver_new_stream() {
+  const Lock lock(state().mutex);
+  auto* made = new FakeStream(FakeStream::Kind::non_blocking, 0);
+  state().streams.insert(made);
+  return reinterpret_cast<std::uintptr_t>(made);
+}
 FAKE_EXPORT int fake_driver_captures(void* stream) {
   const Lock lock(state().mutex);
   const FakeStream* const found = fake::find_stream(static_cast<StreamHandle>(stream));

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 from pipelive_kv.errors import BusyError, ClosedError, InvalidArgumentError
 from pipelive_kv.memory import PagePool, whole
 from pipelive_kv.spec import KVSpec
@@ -389,7 +389,8 @@ class AdoptedPool:
             num_layers = max(layers, default=0) + 1
         self._spec = spec
         self._num_layers = whole(num_layers, "num_layers", 1, 65536)
-        self._core = _core.AdoptedPool(spec.core, self._num_layers, layers)
+        with cuda_arrays.device_of(next(iter(layers.values()), None)):
+            self._core = _core.AdoptedPool(spec.core, self._num_layers, layers)
 
     @property
     def spec(self) -> KVSpec:
