@@ -59,6 +59,20 @@ void open_builtins(const void* symbol, int major, int minor) noexcept {
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) == nullptr) dlerror();
 }
 
+// Of a minor version that is newer than the driver's, machine code runs; PTX is not translated.
+bool is_ptx(std::string_view target) noexcept {
+  return target.starts_with("compute_");
+}
+bool is_newer(int major, int minor, int driver_version) noexcept {
+  return 1000 * major + 10 * minor > driver_version;
+}
+std::string version_text(int major, int minor) {
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+std::string version_text(int driver_version) {
+  return version_text(driver_version / 1000, driver_version % 1000 / 10);
+}
+
 /// The package that brings an NVRTC for a driver.
 std::string package_for(int driver_major) {
   return driver_major < 13 ? "nvidia-cuda-nvrtc-cu12" : "nvidia-cuda-nvrtc";
@@ -75,7 +89,7 @@ std::vector<std::string> Nvrtc::default_libraries() {
 }
 
 std::shared_ptr<const Nvrtc> Nvrtc::open(const std::vector<std::string>& libraries,
-                                         int newest_major) {
+                                         int driver_version, int capability) {
   std::string problems;
   const auto note = [&](const std::string& problem) {
     problems += (problems.empty() ? "" : "; ") + problem;
@@ -105,17 +119,30 @@ std::shared_ptr<const Nvrtc> Nvrtc::open(const std::vector<std::string>& librari
       note(library + " does not tell its version");
       continue;
     }
-    if (nvrtc->major_ > newest_major) {
+    if (nvrtc->major_ > driver_version / 1000) {
       note(library + " is of CUDA " + std::to_string(nvrtc->major_) + ", the driver of CUDA " +
-           std::to_string(newest_major));
+           std::to_string(driver_version / 1000));
       continue;
+    }
+    if (capability != 0 && is_newer(nvrtc->major_, nvrtc->minor_, driver_version)) {
+      try {
+        if (is_ptx(nvrtc->target_for(capability))) {
+          note(library + " makes PTX of CUDA " + version_text(nvrtc->major_, nvrtc->minor_) +
+               " for this device, which the driver of CUDA " + version_text(driver_version) +
+               " does not take");
+          continue;
+        }
+      } catch (const Error& error) {
+        note(error.what());
+        continue;
+      }
     }
     open_builtins(reinterpret_cast<const void*>(nvrtc->api_->version), nvrtc->major_,
                   nvrtc->minor_);
     return nvrtc;
   }
   throw Error(ErrorCode::device, "no NVRTC to compile CUDA kernels with (install " +
-                                     package_for(newest_major) + "): " + problems);
+                                     package_for(driver_version / 1000) + "): " + problems);
 }
 
 void Nvrtc::check(int result, const char* call) const {
@@ -249,7 +276,7 @@ std::shared_ptr<const Nvrtc> open_for(const DeviceLimits& limits) {
     libraries = known_libraries();
   }
   for (std::string& name : Nvrtc::default_libraries()) libraries.push_back(std::move(name));
-  return Nvrtc::open(libraries, limits.driver_version / 1000);
+  return Nvrtc::open(libraries, limits.driver_version, capability_of(limits));
 }
 
 }  // namespace
@@ -261,16 +288,31 @@ void set_nvrtc_libraries(std::vector<std::string> libraries) {
 
 std::string why_not_carried(const DeviceLimits& limits) {
   if (fatbins().empty()) return "this build carries no kernels";
-  int compiler = 0;
-  const std::string_view version = fatbin_compiler();
-  std::from_chars(version.data(), version.data() + version.size(), compiler);
-  if (const int driver = limits.driver_version / 1000; compiler > driver) {
-    return "this build's kernels need a driver of CUDA " + std::to_string(compiler) +
-           ", this one is of CUDA " + std::to_string(driver);
+  return why_not(fatbin_archs(), fatbin_compiler(), limits);
+}
+
+std::string why_not(std::span<const std::string_view> archs, std::string_view compiler,
+                    const DeviceLimits& limits) {
+  int major = 0;
+  int minor = 0;
+  const char* const end = compiler.data() + compiler.size();
+  const char* const point = std::from_chars(compiler.data(), end, major).ptr;
+  if (point != end && *point == '.') std::from_chars(point + 1, end, minor);
+  const int driver = limits.driver_version;
+  if (major > driver / 1000) {
+    return "this build's kernels need a driver of CUDA " + std::to_string(major) +
+           ", this one is of CUDA " + std::to_string(driver / 1000);
   }
-  if (!runs_on(fatbin_archs(), capability_of(limits))) {
-    return "this build carries no kernels for compute capability " + std::to_string(limits.major) +
-           "." + std::to_string(limits.minor);
+  if (!runs_on(archs, capability_of(limits))) {
+    return "this build carries no kernels for compute capability " +
+           version_text(limits.major, limits.minor);
+  }
+  std::vector<std::string_view> machine_code(archs.begin(), archs.end());
+  std::erase_if(machine_code, is_ptx);
+  if (is_newer(major, minor, driver) && !runs_on(machine_code, capability_of(limits))) {
+    return "this build's PTX, which is all that it carries for compute capability " +
+           version_text(limits.major, limits.minor) + ", needs a driver of CUDA " +
+           version_text(major, minor) + ", this one is of CUDA " + version_text(driver);
   }
   return "";
 }

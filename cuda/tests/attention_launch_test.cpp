@@ -308,7 +308,7 @@ TEST(NvrtcTest, WhichCodeRunsWhere) {
 
 TEST(NvrtcTest, WhatIsMissingIsNamed) {
   const auto [code, message] =
-      error_of([] { (void)Nvrtc::open({"libnot_there.so.7", PIPELIVE_FAKE_DRIVER}, 12); });
+      error_of([] { (void)Nvrtc::open({"libnot_there.so.7", PIPELIVE_FAKE_DRIVER}, 12080); });
   EXPECT_EQ(code, ErrorCode::device);
   EXPECT_THAT(message, HasSubstr("libnot_there.so.7"));
   EXPECT_THAT(message, HasSubstr("lacks nvrtc"));
@@ -363,7 +363,7 @@ TEST(NvrtcTest, CompilesEveryKernelFileWithoutAnyHeader) {
   if (const char* path = std::getenv("PIPELIVE_NVRTC")) libraries.insert(libraries.begin(), path);
   std::shared_ptr<const Nvrtc> nvrtc;
   try {
-    nvrtc = Nvrtc::open(libraries, 99);
+    nvrtc = Nvrtc::open(libraries, 99000);
   } catch (const Error& error) {
     GTEST_SKIP() << error.what();
   }

@@ -3,8 +3,10 @@
 #include "fake_driver.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "fake_state.hpp"
 
@@ -396,6 +398,13 @@ FAKE_EXPORT Result cuModuleLoadData(ModuleHandle* module, const void* image) {
   const Lock lock(state().mutex);
   if (const Result result = enter_context("cuModuleLoadData")) return result;
   if (image == nullptr) return kInvalidValue;
+  // As the stand-in for NVRTC writes it.
+  constexpr std::string_view kPtx = "// PTX of CUDA ";
+  const auto* const text = static_cast<const char*>(image);
+  if (std::strncmp(text, kPtx.data(), kPtx.size()) == 0 &&
+      std::atoi(text + kPtx.size()) > state().version) {
+    return kUnsupportedPtxVersion;
+  }
   *module = reinterpret_cast<ModuleHandle>(&fake::module_tag);
   ++state().modules;
   return kSuccess;

@@ -153,7 +153,13 @@ FAKE_EXPORT int nvrtcCompileProgram(Program* program, int num_options, const cha
   }
   if (!program->log.empty()) return kCompilationError;
   const bool virtual_arch = call.find("--gpu-architecture=compute_") != std::string::npos;
-  (virtual_arch ? program->ptx : program->cubin) = call;
+  if (virtual_arch) {
+    // Which the driver's stand-in reads; it ends with a zero as the real one does.
+    program->ptx = "// PTX of CUDA " + std::to_string(1000 * state().major + 10 * state().minor) +
+                   '\n' + call + '\0';
+  } else {
+    program->cubin = call;
+  }
   return kSuccess;
 }
 FAKE_EXPORT int nvrtcGetProgramLogSize(Program* program, std::size_t* bytes) {

@@ -11,6 +11,7 @@
 #include "fake_nvrtc.hpp"
 #include "pipelive/cuda/fatbin.hpp"
 #include "pipelive/cuda/nvrtc.hpp"
+#include "pipelive/cuda/scope.hpp"
 #include "pipelive/cuda/slot_copier.hpp"
 #include "pipelive/transport/checksum.hpp"
 #include "slots_fixture.hpp"
@@ -152,11 +153,48 @@ TEST_F(SlotImages, WithoutNvrtcTheErrorSaysWhatWouldHelp) {
 }
 
 TEST_F(SlotImages, TheHintNamesThePackageOfTheDriversCuda) {
-  for (const auto& [driver, package] :
-       {std::pair{12, "(install nvidia-cuda-nvrtc-cu12)"}, {13, "(install nvidia-cuda-nvrtc)"}}) {
+  for (const auto& [driver, package] : {std::pair{12080, "(install nvidia-cuda-nvrtc-cu12)"},
+                                        {13000, "(install nvidia-cuda-nvrtc)"}}) {
     EXPECT_THAT(error_of([&] { (void)Nvrtc::open({"libnot_there.so.7"}, driver); }).second,
                 HasSubstr(package));
   }
+}
+
+// The driver translates PTX of its own version or an older one, whatever the major versions.
+TEST_F(SlotImages, PtxOfANewerMinorVersionIsNotTaken) {
+  nvrtc<FakeNvrtcVersion>("fake_nvrtc_version")(1, 0);
+  const auto nvrtc_of = [&](int minor) { nvrtc<FakeNvrtcVersion>("fake_nvrtc_version")(1, minor); };
+  become(1000, 12, 0);
+  EXPECT_NE(SlotKernels::of(context), nullptr);
+  // The stand-in's compiler and driver agree with what we expect of them.
+  const auto image = Nvrtc::open({PIPELIVE_FAKE_NVRTC}, 1000)->compile({"slots_copy", {}}, 120);
+  call<FakeDriverVersion>("fake_driver_version")(990);
+  {
+    const CallScope scope(*context);
+    EXPECT_THAT(error_of([&] { const Module module(context->driver(), image); }).second,
+                HasSubstr("(222)"));
+  }
+  nvrtc_of(1);
+  const EmptyCache fresh;
+  become(1000, 12, 0);
+  EXPECT_THAT(error_of([&] { (void)SlotKernels::of(context); }).second,
+              HasSubstr("makes PTX of CUDA 1.1 for this device, which the driver of CUDA 1.0"));
+}
+
+TEST_F(SlotImages, AFatbinsPtxNeedsADriverOfItsCompilersVersion) {
+  constexpr std::string_view archs[] = {"sm_80", "sm_90", "compute_90"};
+  const auto reason = [&](int driver, int major) {
+    DeviceLimits limits;
+    limits.major = major;
+    limits.driver_version = driver;
+    return why_not(archs, "13.2.51", limits);
+  };
+  EXPECT_EQ(reason(13000, 9), "");
+  EXPECT_EQ(reason(13020, 10), "");
+  EXPECT_THAT(reason(13010, 10),
+              HasSubstr("needs a driver of CUDA 13.2, this one is of CUDA 13.1"));
+  EXPECT_THAT(reason(12090, 9), HasSubstr("need a driver of CUDA 13, this one is of CUDA 12"));
+  EXPECT_THAT(reason(14000, 7), HasSubstr("no kernels for compute capability 7.0"));
 }
 
 // One that lies beside NVRTC is opened with it; of this version there is none.
@@ -254,7 +292,7 @@ TEST_F(SlotImages, LentCopiersAreUsedAgain) {
 
 // Stands in for a compiler: what the stand-in checks of headers must hold for every file.
 TEST_F(SlotImages, EverySourceOfThisBuildIsWhole) {
-  const auto library = Nvrtc::open({PIPELIVE_FAKE_NVRTC}, 12);
+  const auto library = Nvrtc::open({PIPELIVE_FAKE_NVRTC}, 12090);
   int files = 0;
   for (const KernelSource& source : kernel_sources()) {
     if (!source.name.ends_with(".cu")) continue;

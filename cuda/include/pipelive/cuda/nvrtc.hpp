@@ -16,11 +16,13 @@ namespace pipelive::cuda {
 /// packages nvidia-cuda-nvrtc-cu12 and nvidia-cuda-nvrtc. It compiles without a GPU.
 class Nvrtc {
  public:
-  /// Opens the first of `libraries` (names or paths, as for dlopen) that there is and whose version
-  /// is at most `newest_major`: a driver does not take what a newer major version compiled. Throws
-  /// Error(device) that says what was wrong with each and which package would help.
+  /// Opens the first of `libraries` (names or paths, as for dlopen) that there is and whose code a
+  /// driver takes (its version as Driver::version()): a newer major version's it never does, and of
+  /// a newer minor version no PTX, which is what there would be for a compute `capability` (0:
+  /// whichever it knows) that the compiler does not know. Throws Error(device) that says what was
+  /// wrong with each and which package would help.
   [[nodiscard]] static std::shared_ptr<const Nvrtc> open(const std::vector<std::string>& libraries,
-                                                         int newest_major);
+                                                         int driver_version, int capability = 0);
   /// The names to try where the caller knows no paths.
   [[nodiscard]] static std::vector<std::string> default_libraries();
 
@@ -89,6 +91,10 @@ void set_nvrtc_libraries(std::vector<std::string> libraries);
 /// Why the fatbins of this build do not suit a device: there are none, their compiler is newer than
 /// the driver, or they hold nothing for the device. Empty where they do.
 [[nodiscard]] std::string why_not_carried(const DeviceLimits& limits);
+/// The same of code for `archs` that a `compiler` of some version ("12.9.86") made. A compiler of
+/// the driver's major version may be newer where machine code is there, but not for PTX.
+[[nodiscard]] std::string why_not(std::span<const std::string_view> archs,
+                                  std::string_view compiler, const DeviceLimits& limits);
 
 /// Machine code of a file for a device, for every kernel of ours: the fatbin of this build where
 /// why_not_carried() has nothing to say, else compiled now, or before and kept. Throws
