@@ -15,7 +15,8 @@ namespace pipelive::cuda {
 CudaDevice::CudaDevice(int ordinal, const std::string& library)
     : CudaDevice(Driver::open(library), ordinal) {}
 
-CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int ordinal)
+CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int ordinal,
+                       Kernels::ImageSource images)
     : context_(std::make_shared<PrimaryContext>(std::move(driver), ordinal)), process_(::getpid()) {
   info_.kind = DeviceKind::cuda;
   info_.index = ordinal;
@@ -35,16 +36,19 @@ CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int ordinal)
                        "cuMemGetAllocationGranularity");
   events_ = std::make_shared<EventPool>(context_);
   own_ = std::make_unique<OwnStream>(context_);
+  copier_ = std::make_unique<BatchCopier>(context_, events_, std::move(images));
 }
 
 CudaDevice::~CudaDevice() {
   if (::getpid() != process_) {
     // The parent's driver state is of no use here, and not to be touched.
+    static_cast<void>(copier_.release());
     static_cast<void>(own_.release());
     static_cast<void>(new std::shared_ptr<EventPool>(events_));
     static_cast<void>(new std::shared_ptr<const PrimaryContext>(context_));
     return;
   }
+  copier_.reset();
   std::vector<std::pair<std::byte*, std::size_t>> reservations;
   for (const auto& [address, reservation] : reservations_) {
     reservations.emplace_back(address, reservation.bytes);
@@ -127,6 +131,16 @@ void CudaDevice::copy(std::byte* target, const std::byte* source, std::size_t by
   driver().check(
       driver().api().memcpy_async(pointer(target), pointer(source), bytes, native(stream)),
       "cuMemcpyAsync(" + bytes_text(bytes) + ")");
+}
+
+void CudaDevice::copy_many(std::span<const CopyJob> jobs, Stream stream) {
+  if (jobs.empty()) return;
+  check_process("copy_many");
+  const CallScope scope(*context_);
+  if (stream.handle != nullptr) {
+    refuse_capture(driver(), native(stream), "moving blocks in memory of " + info_.name);
+  }
+  copier_->copy(jobs, native(stream));
 }
 
 void CudaDevice::fill(std::byte* target, int value, std::size_t bytes, Stream stream) {

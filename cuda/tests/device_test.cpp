@@ -421,6 +421,66 @@ TEST_F(CudaPoolTest, MovesAreOrderedBehindWritersAndOnTheirStream) {
   pool_->residency().forget_stream(compute.stream());
 }
 
+// A call of the driver takes microseconds, and a move is one in every layer.
+TEST_F(CudaPoolTest, ScatteredMovesAreOneLaunch) {
+  FakeDriver().symbol<FakeDriverSlotKernels>("fake_driver_slot_kernels")();
+  const auto image = [](const KernelFile& file, const DeviceLimits&) {
+    EXPECT_EQ(file.name, "copy_many");
+    return std::vector<std::byte>(4);
+  };
+  device_ = std::make_shared<CudaDevice>(Driver::open(PIPELIVE_FAKE_DRIVER), 0, image);
+  open();
+  OwnStream stream(device().context());
+  std::vector<BlockMove> moves;
+  std::vector<BlockMove> back;
+  for (std::uint64_t block = 1; block < 15; ++block) {
+    moves.push_back({block, 30 - block});
+    back.push_back({30 - block, block});
+  }
+  const auto calls = [&](const char* name) { return fake_.count(name); };
+  const std::vector<std::byte> values = pattern(spec_.block_bytes(), 8);
+  write(device(), at(1, moves[2].from), values);
+  const std::uint64_t copies = calls("cuMemcpyAsync");
+  for (int round = 0; round < 3; ++round) {
+    pool_->move_blocks(moves, stream.stream());
+    pool_->move_blocks(back, stream.stream());
+  }
+  pool_->move_blocks(moves, stream.stream());
+  EXPECT_EQ(calls("cuLaunchKernel"), 7u);
+  EXPECT_EQ(calls("cuMemcpyHtoDAsync"), 7u);
+  EXPECT_EQ(calls("cuMemcpyAsync"), copies);
+  EXPECT_EQ(calls("cuMemHostAlloc"), 1u);
+  EXPECT_EQ(read(device(), at(1, moves[2].to), values.size()), values);
+  // While a table is read, another call has one of its own.
+  fake_.hold(stream.stream(), true);
+  pool_->move_blocks(back, stream.stream());
+  pool_->move_blocks(moves, stream.stream());
+  EXPECT_EQ(calls("cuMemHostAlloc"), 2u);
+  fake_.hold(stream.stream(), false);
+  EXPECT_EQ(read(device(), at(1, moves[2].to), values.size()), values);
+}
+
+TEST_F(CudaPoolTest, WithoutAKernelMovesAreCopiesOneByOne) {
+  int asked = 0;
+  const auto none = [&](const KernelFile&, const DeviceLimits&) -> std::vector<std::byte> {
+    ++asked;
+    throw Error(ErrorCode::device, "no kernels");
+  };
+  device_ = std::make_shared<CudaDevice>(Driver::open(PIPELIVE_FAKE_DRIVER), 0, none);
+  open();
+  std::vector<BlockMove> moves;
+  for (std::uint64_t block = 1; block < 15; ++block) moves.push_back({block, 30 - block});
+  const std::vector<std::byte> values = pattern(spec_.block_bytes(), 8);
+  write(device(), at(0, 3), values);
+  const std::uint64_t copies = fake_.count("cuMemcpyAsync");
+  pool_->move_blocks(moves);
+  EXPECT_EQ(fake_.count("cuMemcpyAsync"), copies + 2 * moves.size());
+  EXPECT_EQ(fake_.count("cuLaunchKernel"), 0u);
+  EXPECT_EQ(read(device(), at(0, 27), values.size()), values);
+  pool_->move_blocks(moves);
+  EXPECT_EQ(asked, 1);
+}
+
 TEST_F(CudaPoolTest, AConsumerComesAfterTheNotedStreams) {
   open();
   OwnStream producer(device().context());

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "pipelive/cuda/append_math.hpp"
+#include "pipelive/cuda/copy_math.hpp"
 #include "pipelive/cuda/crc_math.hpp"
 #include "pipelive/cuda/mark_math.hpp"
 #include "pipelive/cuda/slot_math.hpp"
@@ -107,6 +108,13 @@ void marks_emit(unsigned grid, const void* raw) {
   }
 }
 
+void copy_many(unsigned grid, const void* raw) {
+  const auto& args = *static_cast<const CopyManyArgs*>(raw);
+  for (unsigned block = 0; block < grid; ++block) {
+    for (u32 thread = 0; thread < kCopyManyThreads; ++thread) copy_entry(args, block, thread);
+  }
+}
+
 struct Entry {
   unsigned threads;
   std::size_t bytes;
@@ -136,6 +144,7 @@ const std::map<std::string, Entry>& kernels() {
       {"pipelive_scatter_4", {kCopyThreads, sizeof(SlotCopyArgs), copy<u32, false>}},
       {"pipelive_scatter_2", {kCopyThreads, sizeof(SlotCopyArgs), copy<u16, false>}},
       {"pipelive_scatter_1", {kCopyThreads, sizeof(SlotCopyArgs), copy<unsigned char, false>}},
+      {"pipelive_copy_many", {kCopyManyThreads, sizeof(CopyManyArgs), copy_many}},
       {"pipelive_crc_tiles", {kCrcThreads, sizeof(CrcArgs), crc_tiles}},
       {"pipelive_marks_take", {kMarkThreads, sizeof(MarkTakeArgs), marks_take}},
       {"pipelive_marks_fold", {kMarkThreads, sizeof(MarkFoldArgs), marks_fold}},

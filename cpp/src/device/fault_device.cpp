@@ -105,6 +105,11 @@ void FaultDevice::copy(std::byte* target, const std::byte* source, std::size_t b
   device_->copy(target, source, bytes, stream);
 }
 
+void FaultDevice::copy_many(std::span<const CopyJob> jobs, Stream stream) {
+  for (std::size_t i = 0; i < jobs.size(); ++i) enter(DeviceCall::copy);
+  device_->copy_many(jobs, stream);
+}
+
 void FaultDevice::fill(std::byte* target, int value, std::size_t bytes, Stream stream) {
   enter(DeviceCall::fill);
   device_->fill(target, value, bytes, stream);

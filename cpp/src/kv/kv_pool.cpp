@@ -376,6 +376,7 @@ void KVPool::copy_blocks_locked(std::span<const BlockMove> moves, Stream stream)
   std::vector<BlockMove> sorted(moves.begin(), moves.end());
   std::sort(sorted.begin(), sorted.end(),
             [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
+  std::vector<CopyJob> jobs;
   for (const std::uint32_t index : held_stacks()) {
     std::byte* base = arenas_[index]->base();
     const std::size_t stride = geometry_.stride(index);
@@ -385,11 +386,12 @@ void KVPool::copy_blocks_locked(std::span<const BlockMove> moves, Stream stream)
              sorted[last].to == sorted[last - 1].to + 1) {
         ++last;
       }
-      device()->copy(base + sorted[first].to * stride, base + sorted[first].from * stride,
-                     (last - first) * stride, stream);
+      jobs.push_back({base + sorted[first].to * stride, base + sorted[first].from * stride,
+                      (last - first) * stride});
       first = last;
     }
   }
+  device()->copy_many(jobs, stream);
   if (stream.handle == nullptr) {
     device()->record()->wait(Deadline::after_seconds(kCopySeconds));
   }

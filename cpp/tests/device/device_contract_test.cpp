@@ -132,6 +132,42 @@ TEST_P(DeviceContract, FillsAndCopies) {
   device_->release(base, 2 * page_);
 }
 
+TEST_P(DeviceContract, MakesManyCopiesOfAnySizeAtOnce) {
+  const std::size_t half =
+      (std::size_t{3} << 20) / page_ * page_;  // of the memory, copied to the other
+  std::byte* base = device_->reserve(2 * half, page_);
+  const std::vector<PageHandle> pages = device_->create_pages(page_, 2 * half / page_);
+  device_->map(base, page_, pages);
+  auto expected = testing::pattern(2 * half, 11);
+  write(*device_, base, expected);
+  std::vector<CopyJob> jobs;
+  std::size_t at = 0;
+  const auto add = [&](std::size_t bytes, std::size_t gap) {
+    jobs.push_back({base + half + at, base + at, bytes});
+    std::copy_n(expected.begin() + static_cast<std::ptrdiff_t>(at), bytes,
+                expected.begin() + static_cast<std::ptrdiff_t>(half + at));
+    at += bytes + gap;
+  };
+  for (std::size_t i = 0; i < 40; ++i) add(16 * (i + 1), 16 * (i % 3));
+  add((std::size_t{64} << 10) + 16, 0);    // a little more than a piece of a kernel's work
+  add((std::size_t{1} << 20) + 4096, 16);  // long
+  add(7, 9);                               // of no vectors
+  add(0, 0);
+  ASSERT_LE(at, half);
+  std::reverse(jobs.begin(), jobs.end());
+  device_->copy_many(jobs);
+  EXPECT_EQ(read(*device_, base, 2 * half), expected);
+  for (const Stream stream : device_->implicit_streams()) {
+    device_->copy_many(jobs, stream);
+    device_->record(stream)->wait(Deadline::after_seconds(10));
+  }
+  device_->copy_many({});
+  EXPECT_EQ(read(*device_, base, 2 * half), expected);
+  device_->unmap(base, 2 * half);
+  device_->destroy_pages(page_, pages);
+  device_->release(base, 2 * half);
+}
+
 TEST_P(DeviceContract, RefusesWrongRangesAndChangesNothing) {
   std::byte* base = device_->reserve(4 * page_, page_);
   std::vector<PageHandle> pages = device_->create_pages(page_, 3);

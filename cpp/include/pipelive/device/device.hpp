@@ -42,6 +42,13 @@ struct Stream {
   friend bool operator==(const Stream&, const Stream&) = default;
 };
 
+/// One of several copies, in bytes.
+struct CopyJob {
+  std::byte* to = nullptr;
+  const std::byte* from = nullptr;
+  std::size_t bytes = 0;
+};
+
 /// A point in a stream's work. Thread-safe.
 class Event {
  public:
@@ -109,6 +116,12 @@ class Device {
   /// Copies between mapped addresses in the order of `stream`; the ranges must not overlap.
   virtual void copy(std::byte* target, const std::byte* source, std::size_t bytes,
                     Stream stream = {}) = 0;
+  /// Copies within memory of the device, in the order of `stream` and in any order among each
+  /// other: no target overlaps anything else of the jobs. What this costs grows little with their
+  /// number. Where it throws, some of the copies may have been made.
+  virtual void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) {
+    for (const CopyJob& job : jobs) copy(job.to, job.from, job.bytes, stream);
+  }
   /// Sets every byte, in the order of `stream`.
   virtual void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) = 0;
   /// Marks the end of the work that `stream` has been given so far.

@@ -56,6 +56,8 @@ class FaultDevice final : public Device {
   void unmap(std::byte* address, std::size_t bytes) override;
   void copy(std::byte* target, const std::byte* source, std::size_t bytes,
             Stream stream = {}) override;
+  /// Counts, and fails, as a copy for each of the jobs.
+  void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
   void order_after(Stream stream, const std::shared_ptr<Event>& event) override;

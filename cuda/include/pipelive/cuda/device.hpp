@@ -8,6 +8,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "pipelive/cuda/batch_copier.hpp"
 #include "pipelive/cuda/driver.hpp"
 #include "pipelive/cuda/event_pool.hpp"
 #include "pipelive/cuda/stream.hpp"
@@ -30,7 +31,8 @@ class CudaDevice final : public Device {
   /// Throws Error(device) that names the missing driver, symbol or ability, Error(invalid_argument)
   /// where there is no device of that number.
   explicit CudaDevice(int ordinal, const std::string& library = std::string(kDriverLibrary));
-  CudaDevice(std::shared_ptr<const Driver> driver, int ordinal);
+  /// `images` gives the code of the kernel that makes many copies; see Kernels.
+  CudaDevice(std::shared_ptr<const Driver> driver, int ordinal, Kernels::ImageSource images = {});
   ~CudaDevice() override;
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
@@ -70,6 +72,9 @@ class CudaDevice final : public Device {
   /// returns, or be needed until the stream has come so far.
   void copy(std::byte* target, const std::byte* source, std::size_t bytes,
             Stream stream = {}) override;
+  /// Short copies by one launch of a kernel, where there is one for the device. Throws Error(busy)
+  /// for a stream that is being captured into a graph.
+  void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   /// Both throw Error(busy) for a stream that is being captured into a graph.
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
@@ -116,6 +121,7 @@ class CudaDevice final : public Device {
   AllocationProperties properties_;
   std::shared_ptr<EventPool> events_;
   std::unique_ptr<OwnStream> own_;
+  std::unique_ptr<BatchCopier> copier_;
 
   // Guards the books; the driver is called without it, since that can take long.
   mutable std::mutex mutex_;
