@@ -99,7 +99,7 @@ class VllmLayers(EngineHooks):
 
     def load(self, layer: int) -> None:
         """Build the layer, load it from the checkpoint and post-process it as vLLM does."""
-        with self._building, _short_turns():
+        with self._building, _short_turns(), _stream_of_its_own(self._runner.device):
             self._built[layer] = self._build(layer)
 
     def region(self, layer: int) -> Any:
@@ -182,6 +182,9 @@ class VllmLayers(EngineHooks):
             if self._runner.device.type == "cuda":
                 import torch  # noqa: PLC0415
 
+                # torch would keep the memory for tensors to come, and KV blocks are not torch's:
+                # they find only what the driver has. It also waits for the device, and so for
+                # steps that still read the layer, which was made in another stream than theirs.
                 torch.cuda.empty_cache()
 
     # -- how --------------------------------------------------------------------------------------
@@ -215,8 +218,6 @@ class VllmLayers(EngineHooks):
             self._attention_name(layer), None
         )
         device, on_gpu = self._runner.device, self._runner.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)  # of this thread
         with (
             set_current_vllm_config(self._config),
             default_dtype(self._runner.model_config.dtype),
@@ -231,8 +232,6 @@ class VllmLayers(EngineHooks):
             holder = torch.nn.Module()
             holder.layer = module
             process_weights_after_loading(holder, self._runner.model_config, torch.device(device))
-        if on_gpu:
-            torch.cuda.synchronize(device)  # the steps compute in another stream
         module.eval()
         self._check_alike(layer, module)
         return module
@@ -393,6 +392,25 @@ def _short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
+
+
+@contextmanager
+def _stream_of_its_own(device: Any) -> Iterator[None]:
+    """Have this thread's work on a GPU done beside that of the steps, and be done at the end.
+
+    A fresh thread works in the legacy default stream, which comes after and before all that other
+    blocking streams are given; and to wait for the device would mean to wait for steps as well.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    import torch  # noqa: PLC0415
+
+    new_stream: Any = torch.cuda.Stream
+    stream = new_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+        stream.synchronize()  # the steps compute in another one
 
 
 def _forget_missing_names(*models: Any) -> None:
