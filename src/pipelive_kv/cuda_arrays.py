@@ -104,7 +104,7 @@ def queue_of(stream: Any, array: Any, *others: Any) -> Queue:
 
 
 def device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return what to enter while an array is lent: torch lends those of its current device alone."""
+    """Return what to enter while an array is lent: torch lends its current device's alone."""
     if not on_gpu(array) or not hasattr(array, "new_empty"):
         return contextlib.nullcontext()
     import torch  # noqa: PLC0415  the caller has it

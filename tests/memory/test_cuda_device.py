@@ -152,7 +152,7 @@ def test_streams_are_announced_and_ordered(cuda: FakeCuda) -> None:
     ) as pool:
         view = pool.layer(0)
         with pytest.raises(
-            InvalidArgumentError, match="stream is 2, .*another one in every thread"
+            InvalidArgumentError, match=r"stream is 2, .*another one in every thread"
         ):
             pool.use_stream(2)
         recorded = cuda.count("cuEventRecord")
