@@ -12,6 +12,7 @@ from simulation import Pipeline
 
 import pipelive_kv as pk
 from pipelive_kv.migration import RoundStats
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.stage.source import SourceSession
 
