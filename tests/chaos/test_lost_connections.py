@@ -11,7 +11,7 @@ import pytest
 
 import pipelive_kv as pk
 from pipelive_kv.migration import PatchReceiver, PatchSender
-from pipelive_kv.stage import source as source_module
+from pipelive_kv.stage import patch_thread
 from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.incoming import Incoming
 from pipelive_kv.stage.outgoing import Outgoing
@@ -160,7 +160,7 @@ def test_the_bulk_alone_is_left_to_the_background():
 @pytest.mark.parametrize("silent", [0, 1])
 def test_one_closes_while_the_other_is_waited_for(ends, silent, monkeypatch):
     """The tail's wait for a silent target ends; the other's end was never noticed until then."""
-    monkeypatch.setattr(source_module, "STALL_TIMEOUT", 1.0)
+    monkeypatch.setattr(patch_thread, "STALL_TIMEOUT", 1.0)
     ends.source.start([(0, BLOCKS)], max_stop_ms=1000, max_rounds=100, weights=None)
     ends.write(0)
     ends.source.await_converged(30)

@@ -129,7 +129,7 @@ def test_a_promise_outlasts_the_deadline(source):
     session = source([10], max_stop_ms=50)
     session.await_converged(60)
     session.promise()
-    assert session._ends_at == math.inf
+    assert session._state.ends_at == math.inf
 
 
 # -- through the coordinator ---------------------------------------------------------------------

@@ -31,8 +31,8 @@ class Residency:
     alone, between two steps. So whatever a step or a collect sees of block ids has one place in the
     order of the stamps, and an id is never handed out, moved or taken away beside it.
 
-    A step waits for the blocks that move before it. So a shrink with more than ``moves_per_step`` of
-    them takes several steps, each of which lowers the capacity by as much as its moves allow.
+    A step waits for the blocks that move before it. So a shrink with more than ``moves_per_step``
+    of them takes several steps, each of which lowers the capacity by as much as its moves allow.
     """
 
     def __init__(
