@@ -63,7 +63,7 @@ def test_a_pool_resizes_beside_a_decode_loop(tmp_path):
     """Written for GPUs; the CPU is another device to it."""
     pytest.importorskip("torch")
     out = tmp_path / "resize.json"
-    words = "--device cpu --mib 16 --layers 1 --batch 1 --rounds 1".split()
+    words = ["--device", "cpu", "--mib", "16", "--layers", "1", "--batch", "1", "--rounds", "1"]
     path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     run(BENCHMARKS / "gpu/resize_bench.py", *words, "--out", out, env=environment)
