@@ -191,7 +191,7 @@ def patch(settings: dict[str, Any]) -> tuple[float, int]:
     channel = open_end(ours, fds[1], 1, device=device, peer=peer)
     views = {layer: pool.layer(layer) for layer in range(settings["layers"])}
     receiver = _core.PatchReceiver(channel, SPEC.core, views, 1, {}, None)
-    receiver.run(SECONDS * 4)
+    receiver.run(SECONDS * 4, None)
     told = json.loads(child.communicate(timeout=SECONDS)[0])
     channel.close()
     pool.close()

@@ -74,6 +74,15 @@ def test_a_pool_resizes_beside_a_decode_loop(tmp_path):
     assert data["steps_s"]["reclaim"]
 
 
+def test_the_gpu_benchmark_of_transports_runs_without_a_gpu(tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "transport.json"
+    run(BENCHMARKS / "gpu/transport_bench.py", "--device=cpu", "--mib=4", "--quick", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3
+    assert all(row["gb_s"] > 0 for row in rows)
+
+
 def test_page_is_made_of_the_results(tmp_path):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "cpu"
