@@ -114,16 +114,22 @@ packages() {
   set -e
   mkdir -p "$site"
   local wheels=("$bring"/wheels/*.whl) wheel
-  if [[ ! -f ${wheels[0]} ]]; then
+  [[ -f ${wheels[0]} ]] || {
     echo "nothing was brought in $bring/wheels"
-  elif "$python" -m pip --version >/dev/null 2>&1; then
+    return
+  }
+  if "$python" -m pip --version >/dev/null 2>&1; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile \
       --upgrade --target "$site" "${wheels[@]}"
   else
     for wheel in "${wheels[@]}"; do "$python" -m zipfile -e "$wheel" "$site"; done
   fi
-  # Now, since in the demo it would be seen last. The model's own module imports torch, which the
-  # names in transformers hide the absence of.
+  echo "${#wheels[@]} packages of $bring/wheels"
+}
+
+# Now, since in the demo it would be seen last. The model's own module imports torch, which the
+# names in transformers hide the absence of.
+imports() {
   py - <<'PY'
 import importlib
 import sys
@@ -220,7 +226,7 @@ tiny_model("llama", "build/gpu-model", vocab_size=49152, hidden_size=576, interm
     "${how[@]}"
 }
 
-export -f machine packages compile py gpu_pytest gpu_tests sanitized demo
+export -f machine packages imports compile py gpu_pytest gpu_tests sanitized demo
 export python bring site build full
 export PYTHONUNBUFFERED=1 # what is cut short has said how far it came
 
@@ -236,6 +242,7 @@ finish() {
 if wanted machine; then run machine 60 bash -c machine; fi
 if wanted build; then
   run packages 60 bash -c packages
+  run imports 60 bash -c imports
   if ! run build 200 bash -c compile; then
     tail -n 40 "$logs"
     finish
