@@ -20,16 +20,26 @@ Stream from_handle(std::uintptr_t handle) {
 
 Stream stream_from(py::handle value, const char* argument) {
   if (value.is_none()) return {};
+  const auto named = [argument](std::uintptr_t handle) {
+    if (handle == cuda::kPerThreadStream) {
+      // It may be asked about, or given work, by another thread than the one that named it.
+      throw Error(ErrorCode::invalid_argument,
+                  std::string(argument) +
+                      " is 2, CUDA's per-thread default stream, which is another one in every "
+                      "thread; expected a stream of its own, or 1 for the default stream");
+    }
+    return from_handle(handle);
+  };
   try {
-    if (py::isinstance<py::int_>(value)) return from_handle(value.cast<std::uintptr_t>());
+    if (py::isinstance<py::int_>(value)) return named(value.cast<std::uintptr_t>());
     if (py::hasattr(value, "cuda_stream")) {
-      return from_handle(value.attr("cuda_stream").cast<std::uintptr_t>());
+      return named(value.attr("cuda_stream").cast<std::uintptr_t>());
     }
     if (py::hasattr(value, "__cuda_stream__")) {
       const auto pair = value.attr("__cuda_stream__")();
-      return from_handle(pair.cast<std::pair<int, std::uintptr_t>>().second);
+      return named(pair.cast<std::pair<int, std::uintptr_t>>().second);
     }
-    if (py::hasattr(value, "ptr")) return from_handle(value.attr("ptr").cast<std::uintptr_t>());
+    if (py::hasattr(value, "ptr")) return named(value.attr("ptr").cast<std::uintptr_t>());
   } catch (const py::cast_error&) {
     // Below.
   }

@@ -205,6 +205,11 @@ void TensorView::adopt(const dlpack::Tensor& tensor) {
   if (tensor.ndim < 0 || (tensor.ndim > 0 && tensor.shape == nullptr)) {
     fail(argument_ + " has " + std::to_string(tensor.ndim) + " axes and no shape");
   }
+  if (tensor.device.type == dlpack::kCudaManaged) {
+    // It moves between the host and the GPUs whenever one of them touches it.
+    fail(argument_ + " lies in managed memory of " + name_of(tensor.device) +
+         ", expected memory of the CPU or of one GPU");
+  }
   device_ = tensor.device;
   dtype_ = tensor.dtype;
   data_ = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;

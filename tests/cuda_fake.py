@@ -65,12 +65,17 @@ class FakeCuda:
         for name in ("fake_driver_mistakes", "fake_driver_calls"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.fake_driver_count.restype = ctypes.c_uint64
+        self.library.fake_driver_new_stream.restype = ctypes.c_uint64
         self.library.fake_driver_reset()
         self.library.fake_driver_granularity(ctypes.c_uint64(page_bytes))
         self.library.fake_driver_devices(devices)
 
     def device(self, ordinal: int = 0) -> _core.CudaDevice:
         return _core.CudaDevice(ordinal, self.path)
+
+    def new_stream(self) -> int:
+        """A handle; the stream is there until the next fresh driver."""
+        return int(self.library.fake_driver_new_stream())
 
     def fail(self, call: str, result: int) -> None:
         self.library.fake_driver_fail(call.encode(), result)

@@ -27,6 +27,8 @@ CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int ordinal)
                 info_.name + " (" + this->driver().device_name(ordinal) +
                     ") lacks virtual memory management (cuMemCreate, cuMemMap), which pools need");
   }
+  this->driver().check(this->driver().api().device_total_mem(&total_bytes_, context_->device()),
+                       "cuDeviceTotalMem");
   choose_properties();
   this->driver().check(this->driver().api().mem_get_allocation_granularity(
                            &info_.page_granularity, &properties_, Granularity::minimum),
@@ -139,16 +141,8 @@ void CudaDevice::fill(std::byte* target, int value, std::size_t bytes, Stream st
 std::shared_ptr<Event> CudaDevice::record(Stream stream) {
   check_process("record");
   const CallScope scope(*context_);
-  if (stream.handle != nullptr) {
-    // An event recorded in a captured stream would become part of the graph and mark nothing.
-    CaptureStatus status = CaptureStatus::none;
-    const Result result = driver().api().stream_is_capturing(native(stream), &status);
-    if (result == kStreamCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
-      throw Error(ErrorCode::busy,
-                  "a stream that uses memory of " + info_.name +
-                      " is being captured into a CUDA graph; end the capture first");
-    }
-    driver().check(result, "cuStreamIsCapturing");
+  if (stream.handle != nullptr) {  // nobody captures our own
+    refuse_capture(driver(), native(stream), "waiting for work on memory of " + info_.name);
   }
   return events_->record(native(stream));
 }
@@ -163,6 +157,10 @@ void CudaDevice::order_after(Stream stream, const std::shared_ptr<Event>& event)
     return;
   }
   const CallScope scope(*context_);
+  if (stream.handle != nullptr) {
+    refuse_capture(driver(), native(stream),
+                   "ordering a stream behind other users of memory of " + info_.name);
+  }
   driver().check(driver().api().stream_wait_event(native(stream), own->handle(), 0),
                  "cuStreamWaitEvent");
 }

@@ -10,6 +10,7 @@
 #include "pipelive/cuda/mark_math.hpp"
 #include "pipelive/cuda/pinned_buffer.hpp"
 #include "pipelive/cuda/scope.hpp"
+#include "pipelive/cuda/stream.hpp"
 #include "slot_wait.hpp"
 
 namespace pipelive::cuda {
@@ -110,21 +111,16 @@ std::uint64_t DeviceMarks::skipped_slots() {
 void DeviceMarks::select(unsigned set, Stream stream) {
   const CallScope scope(*kernels_->context());
   const StreamHandle handle = native(stream);
-  CaptureStatus status = CaptureStatus::none;
-  const Result result = driver().api().stream_is_capturing(handle, &status);
-  if (result == kStreamCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
-    throw Error(ErrorCode::busy,
-                "a step's marks are begun in a stream that is being captured into a graph; begin "
-                "them before the capture or the replay");
-  }
-  driver().check(result, "cuStreamIsCapturing");
+  refuse_capture(driver(), handle, "beginning the marks of a step");
   driver().check(driver().api().memset_d32_async(words_ + kSetWord, set, 1, handle),
                  "cuMemsetD32Async");
 }
 
 std::shared_ptr<Event> DeviceMarks::record(Stream stream) {
   const CallScope scope(*kernels_->context());
-  return events_->record(native(stream));
+  const StreamHandle handle = native(stream);
+  refuse_capture(driver(), handle, "sealing a step by an event");
+  return events_->record(handle);
 }
 
 namespace {

@@ -16,6 +16,9 @@ namespace {
 
 // What the driver can address at most; larger requests need not be put to it.
 constexpr std::size_t kAddressable = std::size_t{1} << 47;
+// From so many pages on they are compared with what is free first. Fewer are not worth the
+// question, which some drivers take long to answer.
+constexpr std::size_t kManyPages = 16;
 
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorCode::invalid_argument, message);
@@ -124,13 +127,18 @@ std::vector<PageHandle> CudaDevice::create_pages(std::size_t page_bytes, std::si
   if (count == 0) return pages;
   const CallScope scope(*context_);
   const DriverApi& api = driver().api();
-  const Memory all = memory();
-  const auto what = [&] {
-    return "create_pages: " + std::to_string(count) + " pages of " + bytes_text(page_bytes) +
-           " on " + info_.name + ", which has " + bytes_text(all.total) + " in all and " +
-           bytes_text(all.free) + " free";
+  const auto refuse = [&](std::size_t free) {
+    throw Error(ErrorCode::out_of_memory, "create_pages: " + std::to_string(count) + " pages of " +
+                                              bytes_text(page_bytes) + " on " + info_.name +
+                                              ", which has " + bytes_text(total_bytes_) +
+                                              " in all and " + bytes_text(free) + " free");
   };
-  if (count > all.total / page_bytes) throw Error(ErrorCode::out_of_memory, what());
+  if (count > total_bytes_ / page_bytes) refuse(memory().free);
+  if (count >= kManyPages) {
+    // Not by trying: until the pages that were too many are given back, the rest of the process,
+    // such as a model that allocates, would find no memory.
+    if (const std::size_t free = memory().free; count > free / page_bytes) refuse(free);
+  }
   std::vector<AllocationHandle> made;
   made.reserve(count);
   pages.reserve(count);
@@ -142,7 +150,7 @@ std::vector<PageHandle> CudaDevice::create_pages(std::size_t page_bytes, std::si
     const Result result = api.mem_create(&allocation, page_bytes, &properties_, 0);
     if (result != kSuccess) {
       undo();
-      if (result == kOutOfMemory) throw Error(ErrorCode::out_of_memory, what());
+      if (result == kOutOfMemory) refuse(memory().free);
       driver().fail(result, "cuMemCreate(" + bytes_text(page_bytes) + ")");
     }
     made.push_back(allocation);

@@ -41,6 +41,31 @@ struct Nvrtc::Api {
 #undef PIPELIVE_NVRTC_MEMBER
 };
 
+namespace {
+
+/// Opens the library that NVRTC compiles with, of the folder that holds NVRTC itself. NVRTC opens
+/// it by its bare name at the first compilation, and not every package tells the loader where it
+/// lies; once it is open, that name is enough. Where it cannot be opened from there NVRTC looks for
+/// it itself, and says so if it finds none.
+void open_builtins(const void* symbol, int major, int minor) noexcept {
+  Dl_info found{};
+  if (dladdr(symbol, &found) == 0 || found.dli_fname == nullptr) return;
+  const std::string_view file = found.dli_fname;
+  const std::size_t folder = file.rfind('/');
+  if (folder == std::string_view::npos) return;
+  const std::string path = std::string(file.substr(0, folder + 1)) + "libnvrtc-builtins.so." +
+                           std::to_string(major) + "." + std::to_string(minor);
+  // Kept open on purpose: NVRTC holds on to it anyway, from its first compilation on.
+  if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) == nullptr) dlerror();
+}
+
+/// The package that brings an NVRTC for a driver.
+std::string package_for(int driver_major) {
+  return driver_major < 13 ? "nvidia-cuda-nvrtc-cu12" : "nvidia-cuda-nvrtc";
+}
+
+}  // namespace
+
 void Nvrtc::Closer::operator()(void* library) const noexcept {
   dlclose(library);
 }
@@ -85,11 +110,12 @@ std::shared_ptr<const Nvrtc> Nvrtc::open(const std::vector<std::string>& librari
            std::to_string(newest_major));
       continue;
     }
+    open_builtins(reinterpret_cast<const void*>(nvrtc->api_->version), nvrtc->major_,
+                  nvrtc->minor_);
     return nvrtc;
   }
-  throw Error(
-      ErrorCode::device,
-      "no NVRTC to compile CUDA kernels with (install nvidia-cuda-nvrtc-cu12): " + problems);
+  throw Error(ErrorCode::device, "no NVRTC to compile CUDA kernels with (install " +
+                                     package_for(newest_major) + "): " + problems);
 }
 
 void Nvrtc::check(int result, const char* call) const {
@@ -120,36 +146,46 @@ std::string Nvrtc::target_for(int capability) const {
 }
 
 std::vector<std::byte> Nvrtc::compile(const KernelFile& file, int capability) const {
-  const std::string target = target_for(capability);
   const std::string main = file.name + ".cu";
   // The texts are not terminated where they lie.
   std::string source;
-  std::vector<std::string> texts;
-  std::vector<std::string> names;
+  Headers headers;
   for (const KernelSource& entry : kernel_sources()) {
     if (entry.name == main) source = entry.text;
     if (entry.name.ends_with(".cu")) continue;
-    texts.emplace_back(entry.text);
-    names.emplace_back(entry.name);
+    headers.emplace_back(entry.name, entry.text);
   }
   if (source.empty()) {
     throw Error(ErrorCode::device, "the CUDA source " + main + " is not in this build");
   }
-  std::vector<const char*> headers;
-  std::vector<const char*> include_names;
-  for (std::size_t i = 0; i < texts.size(); ++i) {
-    headers.push_back(texts[i].c_str());
-    include_names.push_back(names[i].c_str());
+  return compile_text(main, source, headers, file.macros, capability);
+}
+
+void Nvrtc::try_out(int capability) const {
+  (void)compile_text("probe.cu", "extern \"C\" __global__ void pipelive_probe() {}\n", {}, {},
+                     capability);
+}
+
+std::vector<std::byte> Nvrtc::compile_text(const std::string& main, const std::string& source,
+                                           const Headers& headers,
+                                           const std::vector<std::string>& macros,
+                                           int capability) const {
+  const std::string target = target_for(capability);
+  std::vector<const char*> texts;
+  std::vector<const char*> names;
+  for (const auto& [name, text] : headers) {
+    names.push_back(name.c_str());
+    texts.push_back(text.c_str());
   }
   std::vector<std::string> options{"--gpu-architecture=" + target, "--std=c++17",
                                    "--device-as-default-execution-space"};
-  for (const std::string& macro : file.macros) options.push_back("--define-macro=" + macro);
+  for (const std::string& macro : macros) options.push_back("--define-macro=" + macro);
   std::vector<const char*> option_texts;
   for (const std::string& option : options) option_texts.push_back(option.c_str());
 
   Program program = nullptr;
   check(api_->create(&program, source.c_str(), main.c_str(), static_cast<int>(headers.size()),
-                     headers.data(), include_names.data()),
+                     texts.data(), names.data()),
         "nvrtcCreateProgram");
   struct Destroy {
     const Api& api;
@@ -267,7 +303,7 @@ std::string kernel_problem(const DeviceLimits& limits) {
   const std::string reason = why_not_carried(limits);
   if (reason.empty()) return "";
   try {
-    (void)open_for(limits)->target_for(capability_of(limits));
+    open_for(limits)->try_out(capability_of(limits));
     return "";
   } catch (const Error& error) {
     return reason + ", and " + error.what();

@@ -3,11 +3,14 @@
 #include <bit>
 #include <map>
 #include <mutex>
+#include <new>
 #include <string>
 
 #include "pipelive/base/error.hpp"
 #include "pipelive/cuda/crc_math.hpp"
+#include "pipelive/cuda/pinned_buffer.hpp"
 #include "pipelive/cuda/scope.hpp"
+#include "pipelive/cuda/stream.hpp"
 
 namespace pipelive::cuda {
 
@@ -73,12 +76,17 @@ SlotKernels::SlotKernels(std::shared_ptr<Kernels> kernels) : kernels_(std::move(
   marks_take = load(marks_file, "marks_take");
   marks_fold = load(marks_file, "marks_fold");
   marks_emit = load(marks_file, "marks_emit");
+  // A plain copy would go by the default stream: behind all that a model has given to it, and not
+  // at all while a stream that waits for it is captured into a graph.
   const Driver& driver = kernels_->driver();
+  const OwnStream stream(context());
   auto buffer = std::make_unique<DeviceBuffer>(driver, sizeof(CrcTables));
-  const auto tables = std::make_unique<CrcTables>();
-  fill_crc_tables(*tables);
-  driver.check(driver.api().memcpy_to_device(buffer->pointer(), tables.get(), sizeof(CrcTables)),
-               "cuMemcpyHtoD");
+  const PinnedBuffer tables(driver, sizeof(CrcTables));
+  fill_crc_tables(*new (tables.data()) CrcTables);
+  driver.check(driver.api().memcpy_to_device_async(buffer->pointer(), tables.data(),
+                                                   sizeof(CrcTables), stream.handle()),
+               "cuMemcpyHtoDAsync");
+  driver.check(driver.api().stream_synchronize(stream.handle()), "cuStreamSynchronize");
   tables_ = std::move(buffer);
 }
 

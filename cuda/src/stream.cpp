@@ -1,11 +1,24 @@
 #include "pipelive/cuda/stream.hpp"
 
+#include <string>
 #include <utility>
 
 #include "pipelive/base/error.hpp"
 #include "pipelive/cuda/scope.hpp"
 
 namespace pipelive::cuda {
+
+void refuse_capture(const Driver& driver, StreamHandle stream, std::string_view what) {
+  CaptureStatus status = CaptureStatus::none;
+  const Result result = driver.api().stream_is_capturing(stream, &status);
+  // The other answer is about the default stream, while a stream is captured that waits for it.
+  if (result == kStreamCaptureImplicit || (result == kSuccess && status != CaptureStatus::none)) {
+    throw Error(ErrorCode::busy, std::string(what) +
+                                     ": the stream is being captured into a CUDA graph; do this " +
+                                     "before the capture or after it");
+  }
+  driver.check(result, "cuStreamIsCapturing");
+}
 
 OwnStream::OwnStream(std::shared_ptr<const PrimaryContext> context, Priority priority)
     : context_(std::move(context)) {

@@ -46,8 +46,16 @@ class FakeDriver {
   void capture(Stream stream, bool on) const {
     symbol<FakeDriverCapture>("fake_driver_capture")(stream.handle, on ? 1 : 0);
   }
+  /// Whether the stream is in a capture that nothing has broken.
+  [[nodiscard]] bool captures(Stream stream) const {
+    return symbol<FakeDriverCaptures>("fake_driver_captures")(stream.handle) != 0;
+  }
   void attribute(cuda::DeviceAttribute which, int value) const {
     symbol<FakeDriverAttribute>("fake_driver_attribute")(static_cast<int>(which), value);
+  }
+  void memory(std::uint64_t bytes) const { symbol<FakeDriverMemory>("fake_driver_memory")(bytes); }
+  [[nodiscard]] std::uint64_t lowest_free(int device = 0) const {
+    return symbol<FakeDriverLowestFree>("fake_driver_lowest_free")(device);
   }
   void devices(int count) const { symbol<FakeDriverDevices>("fake_driver_devices")(count); }
   [[nodiscard]] int held() const { return symbol<FakeDriverHeld>("fake_driver_held")(); }

@@ -161,6 +161,26 @@ TEST_F(CudaDeviceTest, NoMemoryIsSaidInNumbers) {
   EXPECT_EQ(device().usage(), DeviceUsage{});
 }
 
+// Others in the process must not find that there is no memory because we tried.
+TEST_F(CudaDeviceTest, WhatDoesNotFitIsRefusedWithoutTakingWhatIsThere) {
+  constexpr std::size_t kPages = 64;
+  fake_.memory(kPages * kCudaPage);
+  const auto pages = device().create_pages(kCudaPage, kPages / 2);
+  const std::uint64_t free = fake_.lowest_free();
+  EXPECT_EQ(free, kPages / 2 * kCudaPage);
+  EXPECT_ERROR(out_of_memory, std::to_string(free) + " bytes free",
+               (void)device().create_pages(kCudaPage, kPages / 2 + 1));
+  EXPECT_EQ(fake_.lowest_free(), free);
+  device().destroy_pages(kCudaPage, pages);
+}
+
+TEST_F(CudaDeviceTest, AFewPagesAreMadeWithoutAskingForWhatIsFree) {
+  (void)device();
+  const std::uint64_t asked = fake_.count("cuMemGetInfo");
+  device().destroy_pages(kCudaPage, device().create_pages(kCudaPage, 2));
+  EXPECT_EQ(fake_.count("cuMemGetInfo"), asked);
+}
+
 TEST_F(CudaDeviceTest, ReadOnlyPagesOfAPeerCannotBeWritten) {
   const auto pages = device().create_pages(kCudaPage, 1);
   const ExportedPages exported = device().export_page(kCudaPage, pages[0]);
@@ -229,6 +249,17 @@ TEST_F(CudaDeviceTest, ACapturedStreamCannotBeWaitedFor) {
   EXPECT_ERROR(busy, "captured into a CUDA graph", (void)device().record(stream.stream()));
   fake_.capture(stream.stream(), false);
   EXPECT_TRUE(device().record(stream.stream())->done());
+}
+
+TEST_F(CudaDeviceTest, ACapturedStreamIsNotOrderedBehindAnother) {
+  OwnStream stream(device().context());
+  OwnStream other(device().context());
+  const auto event = device().record(other.stream());
+  fake_.capture(stream.stream(), true);
+  EXPECT_ERROR(busy, "captured into a CUDA graph", device().order_after(stream.stream(), event));
+  EXPECT_TRUE(fake_.captures(stream.stream()));
+  fake_.capture(stream.stream(), false);
+  device().order_after(stream.stream(), event);
 }
 
 // Pools on the device: what only a device with streams can show.
@@ -426,6 +457,35 @@ TEST_F(CudaPoolTest, AConsumerComesAfterTheNotedStreams) {
   fake_.hold(producer.stream(), false);
   EXPECT_TRUE(device().record(consumer.stream())->done());
   pool_->residency().forget_stream(producer.stream());
+}
+
+TEST_F(CudaPoolTest, AConsumerThatIsBeingCapturedIsRefusedAndItsCaptureGoesOn) {
+  open();
+  OwnStream producer(device().context());
+  OwnStream consumer(device().context());
+  fake_.capture(consumer.stream(), true);
+  pool_->order_consumer(consumer.stream());  // behind nobody
+  pool_->residency().note_stream(producer.stream());
+  EXPECT_CODE(busy, pool_->order_consumer(consumer.stream()));
+  EXPECT_TRUE(fake_.captures(consumer.stream()));
+  fake_.capture(consumer.stream(), false);
+  pool_->order_consumer(consumer.stream());
+  pool_->residency().forget_stream(producer.stream());
+}
+
+TEST_F(CudaPoolTest, MovesAreNoPartOfAGraph) {
+  open();
+  OwnStream stream(device().context());
+  fake_.capture(stream.stream(), true);
+  const std::vector<BlockMove> moves{{29, 3}};
+  const std::vector<std::uint64_t> live{29};
+  EXPECT_CODE(busy, pool_->move_blocks(moves, stream.stream()));
+  EXPECT_CODE(busy, pool_->shrink(4, live, moves, {}, stream.stream()));
+  EXPECT_EQ(pool_->capacity(), 30u);
+  EXPECT_EQ(fake_.count("cuMemcpyAsync"), 0u);
+  EXPECT_TRUE(fake_.captures(stream.stream()));
+  fake_.capture(stream.stream(), false);
+  pool_->shrink(4, live, moves, {}, stream.stream());
 }
 
 TEST_F(CudaPoolTest, AScrubWaitsForNobodyElse) {

@@ -68,6 +68,7 @@ void reset() {
   s.version = kFakeVersion;
   s.total_bytes = std::size_t{4} << 30;
   s.granularity = std::size_t{2} << 20;
+  s.most_used.clear();
   s.attributes.clear();
   s.broken = kSuccess;
   s.devices.clear();
@@ -82,6 +83,10 @@ std::vector<ContextHandle>& current_contexts() {
   if (generation != state().generation) contexts.clear();
   generation = state().generation;
   return contexts;
+}
+
+FakeDevice& device(int ordinal) {
+  return state().devices.try_emplace(ordinal, ordinal).first->second;
 }
 
 int device_of(ContextHandle context) {
@@ -166,6 +171,10 @@ FAKE_EXPORT void fake_driver_version(int version) {
 FAKE_EXPORT void fake_driver_memory(std::uint64_t bytes) {
   state().total_bytes = bytes;
 }
+FAKE_EXPORT std::uint64_t fake_driver_lowest_free(int device) {
+  const Lock lock(state().mutex);
+  return state().total_bytes - state().most_used[device];
+}
 FAKE_EXPORT void fake_driver_granularity(std::uint64_t bytes) {
   state().granularity = bytes;
 }
@@ -200,6 +209,18 @@ FAKE_EXPORT Result cuGetErrorName(Result error, const char** name) {
       return kSuccess;
     case kIllegalAddress:
       *name = "CUDA_ERROR_ILLEGAL_ADDRESS";
+      return kSuccess;
+    case kStreamCaptureInvalidated:
+      *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED";
+      return kSuccess;
+    case kStreamCaptureIsolation:
+      *name = "CUDA_ERROR_STREAM_CAPTURE_ISOLATION";
+      return kSuccess;
+    case kStreamCaptureImplicit:
+      *name = "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT";
+      return kSuccess;
+    case kCapturedEvent:
+      *name = "CUDA_ERROR_CAPTURED_EVENT";
       return kSuccess;
     default:
       *name = nullptr;
@@ -284,7 +305,7 @@ FAKE_EXPORT Result cuDeviceGetP2PAttribute(int* value, P2PAttribute attribute, D
 FAKE_EXPORT Result cuDevicePrimaryCtxRetain(ContextHandle* context, DeviceOrdinal device) {
   const Lock lock(state().mutex);
   if (const Result result = enter("cuDevicePrimaryCtxRetain")) return result;
-  fake::FakeDevice& found = state().devices[device];
+  fake::FakeDevice& found = fake::device(device);
   ++found.retained;
   *context = reinterpret_cast<ContextHandle>(&found.context_tag);
   return kSuccess;
@@ -304,7 +325,7 @@ FAKE_EXPORT Result cuDevicePrimaryCtxRelease_v2(DeviceOrdinal device) {
 FAKE_EXPORT Result cuDevicePrimaryCtxGetState(DeviceOrdinal device, unsigned* flags, int* active) {
   const Lock lock(state().mutex);
   *flags = 0;
-  *active = state().devices.contains(device) && state().devices[device].retained > 0 ? 1 : 0;
+  *active = state().devices.contains(device) && fake::device(device).retained > 0 ? 1 : 0;
   return kSuccess;
 }
 
@@ -312,7 +333,7 @@ FAKE_EXPORT Result cuCtxPushCurrent_v2(ContextHandle context) {
   const Lock lock(state().mutex);
   if (const Result result = enter("cuCtxPushCurrent")) return result;
   const int device = fake::device_of(context);
-  if (device < 0 || state().devices[device].retained == 0) return kInvalidContext;
+  if (device < 0 || fake::device(device).retained == 0) return kInvalidContext;
   fake::current_contexts().push_back(context);
   return kSuccess;
 }

@@ -9,7 +9,10 @@
 // current in the calling thread, that work in a stream finds its memory mapped when it runs. New
 // memory is filled with kFakePoison.
 //
-// Work given to a stream is done at once, unless the stream is held or waits for an event.
+// Work given to a stream is done at once, unless the stream is held or waits for an event, or for
+// the legacy default stream: that one and the blocking streams come after one another, as in CUDA.
+// The per-thread default stream is another one in every thread. What would break a capture breaks
+// it here, and counts as a mistake.
 //
 // What it offers besides the driver's own entry points; tests find these by dlsym.
 extern "C" {
@@ -34,6 +37,8 @@ using FakeDriverDevices = void(int count);
 using FakeDriverVersion = void(int version);
 /// Bytes of each device; 4 GiB after a reset.
 using FakeDriverMemory = void(std::uint64_t bytes);
+/// The fewest bytes of a device that have been free at any time since the reset.
+using FakeDriverLowestFree = std::uint64_t(int device);
 /// The granularity of allocations; 2 MiB after a reset.
 using FakeDriverGranularity = void(std::uint64_t bytes);
 /// A device attribute's value from now on, for every device.
@@ -45,6 +50,10 @@ using FakeDriverHold = void(void* stream, int held);
 using FakeDriverPending = int(void* stream);
 /// Starts or ends the capture of a graph.
 using FakeDriverCapture = void(void* stream, int on);
+/// Whether the stream is being captured and nothing has broken the capture.
+using FakeDriverCaptures = int(void* stream);
+/// A stream of device 0 as another library would make it, non-blocking; there until a reset.
+using FakeDriverNewStream = std::uint64_t();
 /// What stands in for a kernel: called when the stream comes to it, with the one parameter.
 using FakeKernelRun = void(const char* name, unsigned grid, unsigned block, const void* parameter);
 /// From now on, also after a reset, every module has a kernel of that name, whose one parameter has

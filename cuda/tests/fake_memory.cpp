@@ -124,6 +124,11 @@ std::size_t used_bytes(int device) {
   return bytes;
 }
 
+void note_used(int device) {
+  std::size_t& most = state().most_used[device];
+  most = std::max(most, used_bytes(device));
+}
+
 void release_all_memory() {
   State& s = state();
   for (const auto& [start, reservation] : s.reservations) ::munmap(host(start), reservation.bytes);
@@ -160,6 +165,7 @@ FAKE_EXPORT Result cuMemAlloc_v2(DevicePointer* pointer, std::size_t bytes) {
   std::memset(memory, kFakePoison, bytes);
   *pointer = reinterpret_cast<std::uintptr_t>(memory);
   state().buffers[*pointer] = bytes;
+  fake::note_used(fake::current_device());
   return kSuccess;
 }
 
@@ -176,7 +182,7 @@ FAKE_EXPORT Result cuMemFree_v2(DevicePointer pointer) {
 
 FAKE_EXPORT Result cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   const Lock lock(state().mutex);
-  if (fake::current_device() < 0) return kInvalidContext;
+  if (const Result result = enter_context("cuMemGetInfo")) return result;
   *total = state().total_bytes;
   *free = *total - fake::used_bytes(fake::current_device());
   return kSuccess;
@@ -343,6 +349,7 @@ FAKE_EXPORT Result cuMemCreate(AllocationHandle* handle, std::size_t bytes,
   allocation->device = properties->location.id;
   allocation->exportable = properties->handle_types == ShareableHandleType::posix_fd;
   *handle = fake::new_handle(std::move(allocation));
+  fake::note_used(properties->location.id);
   return kSuccess;
 }
 

@@ -1,5 +1,7 @@
 #include "fake_nvrtc.hpp"
 
+#include <dlfcn.h>
+
 #include <cstddef>
 #include <cstring>
 #include <iterator>
@@ -16,6 +18,7 @@ namespace {
 constexpr int kSuccess = 0;
 constexpr int kInvalidInput = 3;
 constexpr int kCompilationError = 6;
+constexpr int kBuiltinOperationFailure = 7;
 constexpr int kArchs[] = {80, 90, 100};
 
 struct Program {
@@ -37,6 +40,16 @@ struct State {
 State& state() {
   static State instance;
   return instance;
+}
+
+/// Whether the library that the real one compiles with is open. Not looked for here: a package may
+/// have left out where the loader should.
+bool builtins_open() {
+  const std::string name =
+      "libnvrtc-builtins.so." + std::to_string(state().major) + "." + std::to_string(state().minor);
+  void* const open = dlopen(name.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (open != nullptr) dlclose(open);
+  return open != nullptr;
 }
 
 /// The first header that is included and not there; empty where all are.
@@ -100,7 +113,9 @@ FAKE_EXPORT int nvrtcVersion(int* major, int* minor) {
   return kSuccess;
 }
 FAKE_EXPORT const char* nvrtcGetErrorString(int result) {
-  return result == kCompilationError ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR_INVALID_INPUT";
+  if (result == kCompilationError) return "NVRTC_ERROR_COMPILATION";
+  return result == kBuiltinOperationFailure ? "NVRTC_ERROR_BUILTIN_OPERATION_FAILURE"
+                                            : "NVRTC_ERROR_INVALID_INPUT";
 }
 FAKE_EXPORT int nvrtcGetNumSupportedArchs(int* count) {
   *count = static_cast<int>(std::size(kArchs));
@@ -126,6 +141,7 @@ FAKE_EXPORT int nvrtcDestroyProgram(Program** program) {
   return kSuccess;
 }
 FAKE_EXPORT int nvrtcCompileProgram(Program* program, int num_options, const char* const* options) {
+  if (!builtins_open()) return kBuiltinOperationFailure;
   std::string call = program->name;
   for (int i = 0; i < num_options; ++i) call += std::string(" ") + options[i];
   state().compiled += call + '\n';

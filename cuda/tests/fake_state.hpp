@@ -12,6 +12,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fake_driver.hpp"
@@ -53,21 +54,38 @@ struct Reservation {
   std::map<DevicePointer, Mapping> mappings;
 };
 
+/// How much work a stream was given, and how much of it is done. Outlives the stream.
+struct Progress {
+  std::uint64_t given = 0;
+  std::uint64_t done = 0;
+};
+
 struct FakeStream {
+  enum class Kind { blocking, non_blocking, legacy };
+  FakeStream(Kind its_kind, int its_device) : kind(its_kind), device(its_device) {}
+
   std::deque<std::function<bool()>> work;  ///< true: done; false: has to wait
+  std::shared_ptr<Progress> progress = std::make_shared<Progress>();
+  const Kind kind;
+  const int device;
   bool held = false;
   CaptureStatus capture = CaptureStatus::none;
+  std::uint64_t capture_number = 0;  ///< of the capture under way; no two have the same
 };
 
 struct FakeEvent {
+  std::uint64_t captured_in = 0;  ///< the capture that it was last recorded in; 0: none
   /// Whether the work before the last record is done. Who waits keeps the record it waits for.
   std::shared_ptr<bool> done = std::make_shared<bool>(true);
 };
 
 struct FakeDevice {
+  explicit FakeDevice(int ordinal) : legacy(FakeStream::Kind::legacy, ordinal) {}
+
   char context_tag = 0;
   int retained = 0;
   FakeStream legacy;
+  std::map<std::thread::id, FakeStream> per_thread;
 };
 
 struct FakeKernel {
@@ -92,6 +110,7 @@ struct State {
   int version = kFakeVersion;
   std::size_t total_bytes = std::size_t{4} << 30;
   std::size_t granularity = std::size_t{2} << 20;
+  std::map<int, std::size_t> most_used;  ///< bytes in use at the same time so far, by device
   std::map<int, int> attributes;
   Result broken = kSuccess;  ///< an asynchronous failure, returned by every call from then on
 
@@ -107,10 +126,14 @@ struct State {
   std::map<std::string, FakeKernel> kernels;
   std::uint64_t generation = 0;  ///< of reset; per-thread state of an older one is void
   std::uint64_t next_handle = 0;
+  std::uint64_t captures = 0;
 };
 
 State& state();
 void reset();
+
+/// Made at first use.
+FakeDevice& device(int ordinal);
 
 /// The contexts that are current in this thread, the last one on top.
 std::vector<ContextHandle>& current_contexts();
@@ -129,6 +152,8 @@ bool device_memory(DevicePointer pointer, std::size_t bytes, bool write);
 /// Whether the address belongs to the devices at all.
 bool is_device_address(DevicePointer pointer);
 std::size_t used_bytes(int device);
+/// Keeps count after memory was taken.
+void note_used(int device);
 void release_all_memory();
 
 FakeStream* find_stream(StreamHandle stream);

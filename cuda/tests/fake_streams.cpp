@@ -1,6 +1,7 @@
 // The stand-in for libcuda: streams, events and copies.
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "fake_driver.hpp"
@@ -12,8 +13,12 @@ namespace fake {
 FakeStream* find_stream(StreamHandle stream) {
   const auto number = reinterpret_cast<std::uintptr_t>(stream);
   if (number <= kPerThreadStream) {
-    const int device = current_device();
-    return &state().devices[device < 0 ? 0 : device].legacy;
+    const int ordinal = std::max(current_device(), 0);
+    FakeDevice& owner = device(ordinal);
+    if (number <= kLegacyStream) return &owner.legacy;
+    return &owner.per_thread
+                .try_emplace(std::this_thread::get_id(), FakeStream::Kind::blocking, ordinal)
+                .first->second;
   }
   auto* found = reinterpret_cast<FakeStream*>(stream);
   return state().streams.contains(found) ? found : nullptr;
@@ -24,13 +29,55 @@ namespace {
 template <typename Action>
 void each_stream(Action&& action) {
   for (FakeStream* stream : state().streams) action(*stream);
-  for (auto& [ordinal, device] : state().devices) action(device.legacy);
+  for (auto& [ordinal, device] : state().devices) {
+    action(device.legacy);
+    for (auto& [thread, stream] : device.per_thread) action(stream);
+  }
+}
+
+/// Work that is given to the legacy default stream would come between that of blocking streams: the
+/// call is refused while one of them is captured, and the capture fails.
+Result enter_legacy(int device) {
+  Result result = kSuccess;
+  each_stream([&](FakeStream& stream) {
+    if (stream.kind != FakeStream::Kind::blocking || stream.device != device ||
+        stream.capture == CaptureStatus::none) {
+      return;
+    }
+    stream.capture = CaptureStatus::invalidated;
+    mistake("work for the default stream broke the capture of another one");
+    result = kStreamCaptureImplicit;
+  });
+  return result;
+}
+
+/// The legacy default stream comes after what all blocking streams have been given so far, and they
+/// after what it has.
+std::function<bool()> behind_others(const FakeStream& stream, std::function<bool()> work) {
+  std::vector<std::pair<std::shared_ptr<Progress>, std::uint64_t>> others;
+  each_stream([&](const FakeStream& other) {
+    const bool legacy = stream.kind == FakeStream::Kind::legacy;
+    const auto wanted = legacy ? FakeStream::Kind::blocking : FakeStream::Kind::legacy;
+    if (stream.kind == FakeStream::Kind::non_blocking || other.kind != wanted ||
+        other.device != stream.device || other.progress->done == other.progress->given) {
+      return;
+    }
+    others.emplace_back(other.progress, other.progress->given);
+  });
+  if (others.empty()) return work;
+  return [others, work = std::move(work)] {
+    const bool over = std::all_of(others.begin(), others.end(), [](const auto& other) {
+      return other.first->done >= other.second;
+    });
+    return over && work();
+  };
 }
 
 bool advance(FakeStream& stream) {
   bool any = false;
   while (!stream.held && !stream.work.empty() && stream.work.front()()) {
     stream.work.pop_front();
+    ++stream.progress->done;
     any = true;
   }
   return any;
@@ -53,8 +100,13 @@ Result submit(StreamHandle handle, std::function<bool()> work) {
     mistake("work for a stream that does not exist");
     return 400;  // CUDA_ERROR_INVALID_HANDLE
   }
-  if (stream->capture != CaptureStatus::none) return kSuccess;  // goes into the graph
-  stream->work.push_back(std::move(work));
+  if (stream->capture == CaptureStatus::invalidated) return kStreamCaptureInvalidated;
+  if (stream->capture == CaptureStatus::active) return kSuccess;  // goes into the graph
+  if (stream->kind == FakeStream::Kind::legacy) {
+    if (const Result result = enter_legacy(stream->device)) return result;
+  }
+  stream->work.push_back(behind_others(*stream, std::move(work)));
+  ++stream->progress->given;
   pump();
   return kSuccess;
 }
@@ -134,15 +186,30 @@ FAKE_EXPORT int fake_driver_pending(void* stream) {
 }
 FAKE_EXPORT void fake_driver_capture(void* stream, int on) {
   const Lock lock(state().mutex);
-  fake::find_stream(static_cast<StreamHandle>(stream))->capture =
-      on != 0 ? CaptureStatus::active : CaptureStatus::none;
+  FakeStream* const found = fake::find_stream(static_cast<StreamHandle>(stream));
+  found->capture = on != 0 ? CaptureStatus::active : CaptureStatus::none;
+  found->capture_number = ++state().captures;
+}
+
+FAKE_EXPORT std::uint64_t fake_driver_new_stream() {
+  const Lock lock(state().mutex);
+  auto* made = new FakeStream(FakeStream::Kind::non_blocking, 0);
+  state().streams.insert(made);
+  return reinterpret_cast<std::uintptr_t>(made);
+}
+FAKE_EXPORT int fake_driver_captures(void* stream) {
+  const Lock lock(state().mutex);
+  const FakeStream* const found = fake::find_stream(static_cast<StreamHandle>(stream));
+  return found->capture == CaptureStatus::active ? 1 : 0;
 }
 
 FAKE_EXPORT Result cuStreamCreateWithPriority(StreamHandle* stream, unsigned flags, int priority) {
   const Lock lock(state().mutex);
   if (const Result result = enter_context("cuStreamCreateWithPriority")) return result;
   if (flags > kStreamNonBlocking || priority > 0 || priority < -5) return kInvalidValue;
-  auto* made = new FakeStream();
+  auto* made = new FakeStream(
+      flags == kStreamNonBlocking ? FakeStream::Kind::non_blocking : FakeStream::Kind::blocking,
+      fake::current_device());
   state().streams.insert(made);
   *stream = reinterpret_cast<StreamHandle>(made);
   return kSuccess;
@@ -158,6 +225,7 @@ FAKE_EXPORT Result cuStreamDestroy_v2(StreamHandle stream) {
   }
   found->held = false;
   fake::pump();
+  found->progress->done = found->progress->given;
   state().streams.erase(found);
   delete found;
   return kSuccess;
@@ -196,6 +264,15 @@ FAKE_EXPORT Result cuStreamWaitEvent(StreamHandle stream, EventHandle event, uns
     fake::mistake("cuStreamWaitEvent for an event that does not exist");
     return kInvalidHandle;
   }
+  FakeStream* waiting = fake::find_stream(stream);
+  if (waiting != nullptr && waiting->capture == CaptureStatus::active) {
+    if (found->captured_in == waiting->capture_number) return kSuccess;
+    waiting->capture = CaptureStatus::invalidated;
+    fake::mistake("a captured stream was to wait for an event from outside of its capture");
+    return kStreamCaptureIsolation;
+  }
+  // The real one lets the stream join a capture that is still under way, which nobody here wants.
+  if (found->captured_in != 0) return kCapturedEvent;
   return fake::submit(stream, [done = found->done] { return *done; });
 }
 
@@ -204,6 +281,14 @@ FAKE_EXPORT Result cuStreamIsCapturing(StreamHandle stream, CaptureStatus* statu
   if (const Result result = enter_context("cuStreamIsCapturing")) return result;
   const FakeStream* found = fake::find_stream(stream);
   if (found == nullptr) return kInvalidHandle;
+  if (found->kind == FakeStream::Kind::legacy) {
+    bool captured = false;
+    fake::each_stream([&](const FakeStream& each) {
+      captured = captured || (each.kind == FakeStream::Kind::blocking &&
+                              each.device == found->device && each.capture != CaptureStatus::none);
+    });
+    if (captured) return kStreamCaptureImplicit;  // this call harms no capture
+  }
   *status = found->capture;
   return kSuccess;
 }
@@ -252,6 +337,9 @@ FAKE_EXPORT Result cuEventRecord(EventHandle event, StreamHandle stream) {
     fake::mistake("cuEventRecord of an event that does not exist");
     return kInvalidHandle;
   }
+  const FakeStream* recording = fake::find_stream(stream);
+  const bool captured = recording != nullptr && recording->capture == CaptureStatus::active;
+  found->captured_in = captured ? recording->capture_number : 0;
   found->done = std::make_shared<bool>(false);
   return fake::submit(stream, [done = found->done] {
     *done = true;
@@ -267,6 +355,7 @@ FAKE_EXPORT Result cuEventQuery(EventHandle event) {
     fake::mistake("cuEventQuery of an event that does not exist");
     return kInvalidHandle;
   }
+  if (found->captured_in != 0) return kCapturedEvent;
   return *found->done ? kSuccess : kNotReady;
 }
 
@@ -275,6 +364,7 @@ FAKE_EXPORT Result cuEventSynchronize(EventHandle event) {
   if (const Result result = enter_context("cuEventSynchronize")) return result;
   auto* found = reinterpret_cast<FakeEvent*>(event);
   if (!state().events.contains(found)) return kInvalidHandle;
+  if (found->captured_in != 0) return kCapturedEvent;
   state().changed.wait(lock, [done = found->done] { return *done; });
   return state().broken;
 }
@@ -294,20 +384,36 @@ FAKE_EXPORT Result cuLaunchHostFunc(StreamHandle stream, HostFunction function, 
   });
 }
 
-FAKE_EXPORT Result cuMemcpyHtoD_v2(DevicePointer target, const void* source, std::size_t bytes) {
-  const Lock lock(state().mutex);
-  if (const Result result = enter_context("cuMemcpyHtoD")) return result;
-  if (!fake::device_memory(target, bytes, true)) return kInvalidValue;
-  std::memcpy(reinterpret_cast<void*>(target), source, bytes);
+namespace {
+
+// A copy that the host waits for is work of the legacy default stream.
+Result copy_now(std::unique_lock<std::recursive_mutex>& lock, void* target, const void* source,
+                std::size_t bytes) {
+  const auto done = std::make_shared<bool>(false);
+  const auto legacy = reinterpret_cast<StreamHandle>(kLegacyStream);
+  const Result result = fake::submit(legacy, [=] {
+    std::memcpy(target, source, bytes);
+    return *done = true;
+  });
+  if (result != kSuccess) return result;
+  state().changed.wait(lock, [&done] { return *done; });
   return kSuccess;
 }
 
+}  // namespace
+
+FAKE_EXPORT Result cuMemcpyHtoD_v2(DevicePointer target, const void* source, std::size_t bytes) {
+  std::unique_lock lock(state().mutex);
+  if (const Result result = enter_context("cuMemcpyHtoD")) return result;
+  if (!fake::device_memory(target, bytes, true)) return kInvalidValue;
+  return copy_now(lock, reinterpret_cast<void*>(target), source, bytes);
+}
+
 FAKE_EXPORT Result cuMemcpyDtoH_v2(void* target, DevicePointer source, std::size_t bytes) {
-  const Lock lock(state().mutex);
+  std::unique_lock lock(state().mutex);
   if (const Result result = enter_context("cuMemcpyDtoH")) return result;
   if (!fake::device_memory(source, bytes, false)) return kInvalidValue;
-  std::memcpy(target, reinterpret_cast<const void*>(source), bytes);
-  return kSuccess;
+  return copy_now(lock, target, reinterpret_cast<const void*>(source), bytes);
 }
 
 FAKE_EXPORT Result cuMemcpyHtoDAsync_v2(DevicePointer target, const void* source, std::size_t bytes,

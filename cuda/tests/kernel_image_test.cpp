@@ -151,6 +151,26 @@ TEST_F(SlotImages, WithoutNvrtcTheErrorSaysWhatWouldHelp) {
   EXPECT_NE(SlotKernels::of(context), nullptr);  // nothing of the failure stays
 }
 
+TEST_F(SlotImages, TheHintNamesThePackageOfTheDriversCuda) {
+  for (const auto& [driver, package] :
+       {std::pair{12, "(install nvidia-cuda-nvrtc-cu12)"}, {13, "(install nvidia-cuda-nvrtc)"}}) {
+    EXPECT_THAT(error_of([&] { (void)Nvrtc::open({"libnot_there.so.7"}, driver); }).second,
+                HasSubstr(package));
+  }
+}
+
+// One that lies beside NVRTC is opened with it; of this version there is none.
+TEST_F(SlotImages, TheLibraryThatNvrtcCompilesWithIsMissedBeforeItIsNeeded) {
+  DeviceLimits limits;
+  limits.major = 9;
+  limits.driver_version = 1010;
+  nvrtc<FakeNvrtcVersion>("fake_nvrtc_version")(1, 0);
+  EXPECT_EQ(kernel_problem(limits), "");
+  EXPECT_THAT(compiled(), HasSubstr("probe.cu --gpu-architecture=sm_90"));
+  nvrtc<FakeNvrtcVersion>("fake_nvrtc_version")(1, 1);
+  EXPECT_THAT(kernel_problem(limits), HasSubstr("NVRTC_ERROR_BUILTIN_OPERATION_FAILURE"));
+}
+
 TEST_F(SlotImages, WhatTheCompilerSaysIsToldAndTheNextAttemptMayWork) {
   become_old_driver();
   (void)SlotKernels::of(context);  // so that only one file is compiled below

@@ -277,6 +277,20 @@ TEST_F(Marked, AStepIsNotBegunInsideAGraph) {
   tracker.mark(0, stream.stream());
 }
 
+// An event in a captured stream is a place in the graph, and can never be asked.
+TEST_F(Marked, AStepIsNotSealedInsideAGraph) {
+  tracker.open(0);
+  tracker.mark(0, stream.stream());
+  write({3});
+  call<FakeDriverCapture>("fake_driver_capture")(stream.handle(), 1);
+  EXPECT_EQ(error_of([&] { tracker.seal(0, event()); }).first, ErrorCode::busy);
+  EXPECT_EQ(tracker.sealed_through(), -1);
+  call<FakeDriverCapture>("fake_driver_capture")(stream.handle(), 0);
+  tracker.seal(0, event());
+  EXPECT_EQ(tracker.sealed_through(), 0);
+  EXPECT_THAT(tracker.collect().ranges, ElementsAre(SlotRange{3, 1}));
+}
+
 TEST_F(Marked, AgreeWithTheHostsLog) {
   std::mt19937 random(4);
   DirtyTracker host(kSlots);

@@ -103,6 +103,16 @@ def queue_of(stream: Any, array: Any, *others: Any) -> Queue:
     return Queue(stream, False, contextlib.nullcontext())
 
 
+def device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return what to enter while an array is lent: torch lends those of its current device alone."""
+    if not on_gpu(array) or not hasattr(array, "new_empty"):
+        return contextlib.nullcontext()
+    import torch  # noqa: PLC0415  the caller has it
+
+    context: contextlib.AbstractContextManager[Any] = torch.cuda.device(array.device)
+    return context
+
+
 def stream_handle(stream: Any) -> int:
     """Return the handle of a stream of torch or cupy, or of an int."""
     for value in (stream, getattr(stream, "cuda_stream", None), getattr(stream, "ptr", None)):

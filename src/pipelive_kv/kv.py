@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from pipelive_kv import _core
+from pipelive_kv import _core, cuda_arrays
 from pipelive_kv.errors import BusyError, ClosedError, InvalidArgumentError
 from pipelive_kv.memory import PagePool, whole
 from pipelive_kv.spec import KVSpec
@@ -232,7 +232,12 @@ class KVPool:
         return self._core.closed
 
     def layer(self, layer: int) -> LayerView:
-        """The blocks of any layer of the model, held or not; always the same view."""
+        """The blocks of any layer of the model, held or not; always the same view.
+
+        What takes it by DLPack (``torch.from_dlpack``) has its current stream ordered behind those
+        of :meth:`use_stream`. Take it before a CUDA graph is captured: inside of a capture that is
+        refused with BusyError.
+        """
         number = whole(layer, "layer", 0, self._num_layers - 1)
         if self._core.closed:
             raise ClosedError("the KV pool is closed")
@@ -302,7 +307,8 @@ class KVPool:
         """Copy blocks ({old: new}) in all layers held; no id may take part in two moves.
 
         On a GPU with a ``stream`` the copies are part of its work; without one they are over when
-        the call returns.
+        the call returns. Raises BusyError where that stream, or one of :meth:`use_stream`, is being
+        captured into a CUDA graph, which would repeat the copies.
         """
         self._core.move_blocks(_move_list(moves), stream)
 
@@ -397,7 +403,8 @@ class AdoptedPool:
             num_layers = max(layers, default=0) + 1
         self._spec = spec
         self._num_layers = whole(num_layers, "num_layers", 1, 65536)
-        self._core = _core.AdoptedPool(spec.core, self._num_layers, layers)
+        with cuda_arrays.device_of(next(iter(layers.values()), None)):
+            self._core = _core.AdoptedPool(spec.core, self._num_layers, layers)
 
     @property
     def spec(self) -> KVSpec:

@@ -161,6 +161,7 @@ class DirtyTracker:
         Raises:
             InvalidArgumentError: the step was not opened, or is sealed already; or a stream is
                 given to a tracker without a device.
+            BusyError: the stream is being captured into a CUDA graph.
         """
         if stream is None:
             self._core.seal(seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -13,6 +14,7 @@ import torch
 from tests.cuda_fake import POISON, FakeCuda
 
 from pipelive_kv import _core
+from pipelive_kv.attention import append
 from pipelive_kv.errors import BusyError, DeviceError, InvalidArgumentError, OutOfMemoryError
 from pipelive_kv.kv import KVPool
 from pipelive_kv.memory import Arena, PagePool, open_device
@@ -149,6 +151,10 @@ def test_streams_are_announced_and_ordered(cuda: FakeCuda) -> None:
         page_bytes=PAGE,
     ) as pool:
         view = pool.layer(0)
+        with pytest.raises(
+            InvalidArgumentError, match="stream is 2, .*another one in every thread"
+        ):
+            pool.use_stream(2)
         recorded = cuda.count("cuEventRecord")
         view.__dlpack__(stream=2)
         assert cuda.count("cuEventRecord") == recorded
@@ -186,6 +192,27 @@ def test_a_capture_refuses_a_shrink(cuda: FakeCuda) -> None:
         pool.shrink(5)
 
 
+def test_a_capture_refuses_what_comes_from_outside(cuda: FakeCuda) -> None:
+    with KVPool(
+        SPEC,
+        num_layers=1,
+        layers=[0],
+        max_blocks=48,
+        capacity=48,
+        device=cuda.device(),
+        page_bytes=PAGE,
+    ) as pool:
+        view = pool.layer(0)
+        pool.use_stream(1)
+        own = 2  # of this thread
+        cuda.library.fake_driver_capture(ctypes.c_void_p(own), 1)
+        with pytest.raises(BusyError, match="captured into a CUDA graph"):
+            view.__dlpack__(stream=own)
+        cuda.library.fake_driver_capture(ctypes.c_void_p(own), 0)
+        view.__dlpack__(stream=own)
+        pool.release_stream(1)
+
+
 def test_memory_of_a_gpu_is_adopted(cuda: FakeCuda) -> None:
     with KVPool(
         SPEC,
@@ -210,6 +237,77 @@ def test_memory_of_a_gpu_is_adopted(cuda: FakeCuda) -> None:
         with pytest.raises(InvalidArgumentError, match="another device"):
             KVPool.adopt(SPEC, {0: theirs[0], 1: torch.zeros(6, 2, 2, 4, 8, dtype=torch.bfloat16)})
         adopted.close()
+
+
+def test_torch_lends_what_is_adopted_while_its_device_is_current(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = [0]
+
+    class Tensor(Borrowed):
+        """As a tensor of torch on a GPU."""
+
+        is_cuda = True
+        new_empty = None
+        device = torch.device("cuda", 1)
+
+        def __dlpack__(self, *, stream: object = None, **keywords: object) -> object:
+            if current[-1] != self.device.index:
+                raise BufferError("Can't export tensors on a different CUDA device index.")
+            return super().__dlpack__(stream=stream, **keywords)
+
+    @contextlib.contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        current.append(where.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with KVPool(
+        SPEC,
+        num_layers=2,
+        layers=[0, 1],
+        max_blocks=6,
+        capacity=6,
+        device=cuda.device(1),
+        page_bytes=PAGE,
+    ) as engine:
+        adopted = KVPool.adopt(SPEC, {layer: Tensor(engine.layer(layer)) for layer in (0, 1)})
+        assert adopted.layer(1).device == "cuda:1"
+        assert current == [0]
+        adopted.close()
+
+
+def test_managed_memory_is_refused_by_name(cuda: FakeCuda) -> None:
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+
+    class Managed(Borrowed):
+        """As an array of cupy's managed allocator."""
+
+        def __dlpack__(self, *, stream: object = None, **keywords: object) -> object:
+            capsule = super().__dlpack__(stream=stream, **keywords)
+            place = get_pointer(capsule, b"dltensor_versioned") + 40  # of the device's type
+            ctypes.c_int32.from_address(place).value = 13
+            return capsule
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (13, 0)
+
+    with KVPool(
+        SPEC,
+        num_layers=1,
+        layers=[0],
+        max_blocks=6,
+        capacity=6,
+        device=cuda.device(),
+        page_bytes=PAGE,
+    ) as pool:
+        managed = Managed(pool.layer(0))
+        with pytest.raises(InvalidArgumentError, match=r"tensors\[0\] lies in managed memory"):
+            KVPool.adopt(SPEC, {0: managed})
+        with pytest.raises(InvalidArgumentError, match="managed memory"):
+            append(managed, managed, managed, managed)
 
 
 def test_no_memory_left(cuda: FakeCuda) -> None:

@@ -268,15 +268,17 @@ def test_torch_is_asked_for_an_order_only_where_there_is_none(
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda where: types.SimpleNamespace(cuda_stream=1)
     )
+    assert isinstance(gpu, FakeGpu)
+    other = gpu.cuda.new_stream()
     spec = KVSpec(2, 64, "bfloat16", 8)
     key = Tensor(gpu.put(tokens(1, 4, spec, "bfloat16"), "bfloat16"))
     slots = Tensor(gpu.put(np.arange(4, dtype=np.int64), "int64"))
     with gpu.pool(spec, num_layers=1, layers=(0,), max_blocks=8, capacity=8) as pool:
         append(pool.layer(0), key, key, slots)
-        append(pool.layer(0), key, key, slots, stream=2)
+        append(pool.layer(0), key, key, slots, stream=other)
         append(pool.layer(0), key, key, slots.lender)
-    assert key.asked == [-1, -1, 2, 2, 1, 1]
-    assert slots.asked == [-1, 2]
+    assert key.asked == [-1, -1, other, other, 1, 1]
+    assert slots.asked == [-1, other]
 
 
 @pytest.mark.gpu

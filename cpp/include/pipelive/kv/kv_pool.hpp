@@ -67,6 +67,7 @@ struct KVPoolStats {
 ///
 /// Moves are copies of the device. With a stream they are part of its work, after that of the noted
 /// streams, and the call does not wait for them; without one they are over when the call returns.
+/// They are refused with Error(busy) in a stream that is being captured.
 class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVPool> {
  public:
   /// Throws Error(invalid_argument) for options out of range, Error(over_budget) where the page
@@ -129,6 +130,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   /// Copies blocks in all held layers. Ids are resident, not 0, and named only once.
   void move_blocks(std::span<const BlockMove> moves, Stream stream = {});
 
+  /// Throws Error(busy) where there are noted streams and `consumer` is being captured.
   void order_consumer(Stream consumer) const override;
 
   /// Physical bytes for the ids [0, capacity) of the stacks that contain `layers`.

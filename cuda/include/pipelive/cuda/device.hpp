@@ -71,7 +71,7 @@ class CudaDevice final : public Device {
   void copy(std::byte* target, const std::byte* source, std::size_t bytes,
             Stream stream = {}) override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
-  /// Throws Error(busy) for a stream that is being captured into a graph.
+  /// Both throw Error(busy) for a stream that is being captured into a graph.
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
   void order_after(Stream stream, const std::shared_ptr<Event>& event) override;
   [[nodiscard]] std::vector<Stream> implicit_streams() const override { return {kDefaultStream}; }
@@ -112,6 +112,7 @@ class CudaDevice final : public Device {
   const std::shared_ptr<const PrimaryContext> context_;
   const pid_t process_;
   DeviceInfo info_;
+  std::size_t total_bytes_ = 0;  ///< of the device's memory
   AllocationProperties properties_;
   std::shared_ptr<EventPool> events_;
   std::unique_ptr<OwnStream> own_;

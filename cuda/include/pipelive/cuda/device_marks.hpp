@@ -49,7 +49,8 @@ class DeviceMarks final : public MarkSource {
   [[nodiscard]] std::uint64_t num_slots() const noexcept override { return num_slots_; }
   [[nodiscard]] unsigned num_sets() const noexcept override { return num_sets_; }
   [[nodiscard]] std::uint64_t memory_bytes() const noexcept override { return bytes_; }
-  /// Throws Error(busy) for a stream that is being captured into a graph: begin the step outside.
+  /// Both throw Error(busy) for a stream that is being captured into a graph: begin and seal the
+  /// step outside.
   void select(unsigned set, Stream stream) override;
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream) override;
   std::uint64_t fold(std::span<const unsigned> sets, unsigned into) override;

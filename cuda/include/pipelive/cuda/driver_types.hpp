@@ -17,6 +17,7 @@ inline constexpr Result kDeinitialized = 4;
 inline constexpr Result kNoDevice = 100;
 inline constexpr Result kInvalidDevice = 101;
 inline constexpr Result kInvalidContext = 201;
+inline constexpr Result kUnsupportedPtxVersion = 222;
 inline constexpr Result kNotFound = 500;
 inline constexpr Result kNotReady = 600;
 inline constexpr Result kIllegalAddress = 700;
@@ -28,8 +29,13 @@ inline constexpr Result kLaunchFailed = 719;
 inline constexpr Result kNotPermitted = 800;
 inline constexpr Result kNotSupported = 801;
 inline constexpr Result kStreamCaptureUnsupported = 900;
+inline constexpr Result kStreamCaptureInvalidated = 901;
+// Of a captured stream that is to wait for an event from outside of the capture.
+inline constexpr Result kStreamCaptureIsolation = 905;
 // Of the legacy default stream, while another stream is captured that waits for it.
 inline constexpr Result kStreamCaptureImplicit = 906;
+// Of an event that was last recorded in a captured stream: it marks a place in the graph.
+inline constexpr Result kCapturedEvent = 907;
 
 using DeviceOrdinal = int;                       ///< CUdevice
 using DevicePointer = std::uint64_t;             ///< CUdeviceptr

@@ -18,7 +18,7 @@ class Nvrtc {
  public:
   /// Opens the first of `libraries` (names or paths, as for dlopen) that there is and whose version
   /// is at most `newest_major`: a driver does not take what a newer major version compiled. Throws
-  /// Error(device) that says what was wrong with each.
+  /// Error(device) that says what was wrong with each and which package would help.
   [[nodiscard]] static std::shared_ptr<const Nvrtc> open(const std::vector<std::string>& libraries,
                                                          int newest_major);
   /// The names to try where the caller knows no paths.
@@ -32,6 +32,9 @@ class Nvrtc {
   /// code if the compiler knows it, else to PTX for the newest that it knows, which a driver
   /// translates. Throws Error(device) with the compiler's messages.
   [[nodiscard]] std::vector<std::byte> compile(const KernelFile& file, int capability) const;
+  /// Compiles a kernel that does nothing, to see whether all that NVRTC needs is there. Throws as
+  /// compile() does.
+  void try_out(int capability) const;
   /// What it would compile to for a compute capability: "sm_90" or "compute_90". Throws
   /// Error(device) where it knows nothing so old.
   [[nodiscard]] std::string target_for(int capability) const;
@@ -41,8 +44,14 @@ class Nvrtc {
   struct Closer {
     void operator()(void* library) const noexcept;
   };
+  using Headers = std::vector<std::pair<std::string, std::string>>;  // names and texts
   Nvrtc() = default;
   void check(int result, const char* call) const;
+  [[nodiscard]] std::vector<std::byte> compile_text(const std::string& main,
+                                                    const std::string& source,
+                                                    const Headers& headers,
+                                                    const std::vector<std::string>& macros,
+                                                    int capability) const;
 
   std::unique_ptr<void, Closer> handle_;
   std::shared_ptr<const Api> api_;
@@ -88,7 +97,7 @@ void set_nvrtc_libraries(std::vector<std::string> libraries);
                                                   const DeviceLimits& limits);
 
 /// Why kernel_image would have nothing for a device, short of sources that do not compile; empty
-/// where it has. Compiles nothing.
+/// where it has. Of NVRTC it asks for a kernel that does nothing.
 [[nodiscard]] std::string kernel_problem(const DeviceLimits& limits);
 
 /// Whether code for one of `archs` ("sm_90", "compute_100") runs on a compute capability.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 
 #include "pipelive/cuda/driver.hpp"
 #include "pipelive/device/device.hpp"
@@ -10,6 +11,12 @@ namespace pipelive::cuda {
 /// CUDA's legacy default stream, which torch and cupy use unless told otherwise. (As in DLPack; a
 /// null handle is the device's own queue.)
 inline const Stream kDefaultStream{reinterpret_cast<void*>(kLegacyStream)};
+
+/// Throws Error(busy), "<what>: the stream is being captured ...", where a stream is being captured
+/// into a CUDA graph. What is then given to it becomes part of the graph and is not done now:
+/// events recorded in it can never be asked, and events from outside make the capture fail if it
+/// waits for them. The context must be current. Costs well below a microsecond.
+void refuse_capture(const Driver& driver, StreamHandle stream, std::string_view what);
 
 /// A stream of our own, which does not wait for the legacy default stream nor the other way round.
 class OwnStream {
