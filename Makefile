@@ -42,7 +42,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard \
   '*.hpp' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run 2>/dev/null)
 
-.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures lint format tsan asan asan-py tsan-py fuzz cuda chaos soak mutants wheel-check clean
+.PHONY: help setup build test test-cpp test-py test-vllm demo demo-vllm bench figures figures-vllm lint format tsan asan asan-py tsan-py fuzz cuda chaos soak mutants wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,9 +71,12 @@ test-vllm: build  ## Run the tests inside vLLM, in an environment of their own (
 demo: build  ## Run the demo; DEMO_ARGS passes arguments
 	@$(BIN)/pipelive-kv demo $(DEMO_ARGS)
 
+# Found, or made, with .venv, which has the packages that it is made of; vLLM's environment has not.
+MODEL = model=$$($(BIN)/python -c 'from pipelive_kv.models.smollm import smollm2; print(smollm2())')
+
 demo-vllm: build  ## Show vLLM's own server change its split; DEMO_ARGS passes arguments
-	@model=$$($(BIN)/python -c 'from pipelive_kv.models.smollm import smollm2; print(smollm2())'); \
-	scripts/vllm_env.sh python examples/vllm_live_reconfiguration.py --model "$$model" $(DEMO_ARGS)
+	@$(MODEL); scripts/vllm_env.sh python examples/vllm_live_reconfiguration.py \
+	  --model "$$model" $(DEMO_ARGS)
 
 bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
 	@$(CONFIGURE) -B build/bench -DCMAKE_BUILD_TYPE=Release -DPIPELIVE_BUILD_PYTHON=OFF \
@@ -83,6 +86,10 @@ bench: setup  ## Run the C++ microbenchmarks; JSON in build/bench
 
 figures: build  ## Measure what docs/benchmarks holds; wants a quiet machine and ten minutes
 	@$(BIN)/python benchmarks/run_all.py --full --out docs/benchmarks
+
+figures-vllm: build  ## Measure vLLM with and without the plugin; BENCH_ARGS passes arguments
+	@$(MODEL); scripts/vllm_env.sh python benchmarks/vllm_serving.py --model "$$model" \
+	  --pairs 5 --moved 3 --out docs/benchmarks/cpu/vllm_serving.json $(BENCH_ARGS)
 
 lint: setup  ## Check style and types: ruff, mypy, clang-format, layers, shell syntax
 	@$(BIN)/ruff check .

@@ -4,7 +4,9 @@ An engine of stock vLLM and one with the plugin stand beside each other and take
 (``--pairs``), so that whatever else the machine does meets both; then the second one moves layers
 while it serves, in turns with reconfigurations that move nothing, for comparison::
 
-    scripts/vllm_env.sh python benchmarks/vllm_serving.py --out docs/benchmarks/vllm.json
+    make figures-vllm       # SmolLM2-135M, writes docs/benchmarks/cpu/vllm_serving.json
+    make figures-vllm BENCH_ARGS="--pairs 1 --moved 1 --out build/vllm.json"
+    scripts/vllm_env.sh python benchmarks/vllm_serving.py --model PATH --out FILE
 
 Speed is tokens per second of all streams together, from the first token of the last stream to the
 last of the first. A *gap* is the time between two tokens of one stream; it is told in units of the
@@ -272,7 +274,7 @@ def summary(idle: dict[str, list[Any]], moves: list[Any], stays: list[Any]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="a folder with a checkpoint (default: SmolLM2)")
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a checkpoint")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192)
@@ -288,10 +290,6 @@ def main() -> None:
     if arguments.child:
         asyncio.run(child(arguments))
         return
-    if arguments.model is None:
-        from pipelive_kv.models.smollm import smollm2  # noqa: PLC0415
-
-        arguments.model = smollm2()
     engines: dict[str, Child] = {}
     idle: dict[str, list[Any]] = {"stock": [], "plugin": []}
     try:
@@ -310,7 +308,7 @@ def main() -> None:
         for engine in engines.values():
             engine.end()
     found = summary(idle, moves, stays)
-    found["command"] = " ".join(sys.argv)
+    found["command"] = " ".join(sys.argv).replace(str(Path.home()), "~")
     found["date"] = datetime.date.today().isoformat()
     found["cores"] = os.cpu_count()
     print(json.dumps(found, indent=1))

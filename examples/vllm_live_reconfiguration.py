@@ -4,10 +4,11 @@ Two servers run one after the other, with the same requests: stock vLLM, and vLL
 whose layers move to the other rank and back meanwhile. Tokens are compared, and times told apart
 into before, during and after the moves::
 
-    python examples/vllm_live_reconfiguration.py            # SmolLM2-135M, float32
+    make demo-vllm                                          # SmolLM2-135M, float32
     python examples/vllm_live_reconfiguration.py --model PATH --streams 4 --tokens 120
 
-Needs vLLM (`make demo-vllm` sets an environment up).
+Needs vLLM: `make demo-vllm` sets an environment up, and makes the model, for which that environment
+lacks the packages.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from pipelive_kv.models.smollm import smollm2
 
 PLACES = ["the sea", "a forest", "a railway", "a library", "a desert", "a harbour", "a city", "ice"]
 KEY = "demo-key"
@@ -177,7 +176,7 @@ def gaps(streams: list[Stream], spans: list[Any], where: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="a folder with a checkpoint (default: SmolLM2)")
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a checkpoint")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--split", type=int, nargs=2, default=[22, 8], help="layers at start")
@@ -185,8 +184,6 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="default: one that is free")
     parser.add_argument("--log", default="build/vllm-demo.log", help="what the servers say")
     arguments = parser.parse_args()
-    if arguments.model is None:
-        arguments.model = smollm2()
     if arguments.port == 0:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

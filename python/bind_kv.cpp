@@ -256,6 +256,16 @@ void bind_pool(py::module_& m) {
           },
           py::arg("capacity"), py::arg("live"), py::arg("moves"), py::arg("stream") = py::none())
       .def(
+          "lower",
+          [](KVPool& pool, std::uint64_t capacity, const std::vector<std::uint64_t>& live,
+             const Moves& moves, py::handle stream) {
+            const Stream chosen = stream_from(stream, "stream");
+            const py::gil_scoped_release release;
+            pool.lower(capacity, live, to_moves(moves), chosen);
+          },
+          py::arg("capacity"), py::arg("live"), py::arg("moves"), py::arg("stream") = py::none())
+      .def("reclaim", &KVPool::reclaim, py::call_guard<py::gil_scoped_release>())
+      .def(
           "move_blocks",
           [](KVPool& pool, const Moves& moves, py::handle stream) {
             const Stream chosen = stream_from(stream, "stream");

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Collects in build/gpu-bring what scripts/gpu_check.sh needs on a machine with a GPU and no network:
-# wheels for its Python, and GoogleTest's sources. Run it where there is a network (and libgtest-dev).
+# wheels for its Python, GoogleTest's sources and the commit's name. Run it where there is a network
+# (and libgtest-dev), after committing what is to be measured.
 #
 #   GPU_PYTHON  the version there (default: 3.12)
+#   FULL        1: FlashInfer too, which only the whole benchmarks are compared with
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,16 +24,16 @@ fetch() { # what follows: arguments for pip download
 fetch -c scripts/constraints.txt pyzmq msgspec safetensors transformers tokenizers \
   huggingface_hub regex pyyaml tqdm filelock packaging fsspec rich markdown-it-py mdurl pygments \
   pytest-timeout
-# transformers imports these only in parts; missing ones are no fault here.
-for extra in hf-xet httpx2 httpcore2 anyio idna certifi h11 typer click shellingham typer-slim \
-  annotated-doc; do
-  fetch -c scripts/constraints.txt "$extra" 2>/dev/null || echo "not collected: $extra" >&2
-done
+# What huggingface_hub, and so transformers, imports: without one of them there is no demo.
+fetch -c scripts/constraints.txt hf-xet httpx2 httpcore2 truststore anyio idna certifi h11 typer \
+  click shellingham annotated-doc typing_extensions
 # Kernels to be compared with.
-fetch flashinfer-python==0.6.0 2>/dev/null || echo "not collected: flashinfer-python" >&2
-for extra in apache-tvm-ffi tabulate einops; do
-  fetch "$extra" 2>/dev/null || echo "not collected: $extra" >&2
-done
+if [[ -n ${FULL:-} ]]; then
+  fetch flashinfer-python==0.6.0
+  for extra in apache-tvm-ffi tabulate einops; do
+    fetch "$extra" || echo "not collected: $extra" >&2
+  done
+fi
 
 for root in /usr/src/googletest "${GTEST_SOURCE:-}"; do
   if [[ -n $root && -f $root/CMakeLists.txt ]]; then
@@ -40,4 +42,7 @@ for root in /usr/src/googletest "${GTEST_SOURCE:-}"; do
   fi
 done
 [[ -d $out/googletest ]] || echo "not collected: GoogleTest's sources (libgtest-dev)" >&2
+# The history may stay behind.
+changed=$(git status --porcelain --untracked-files=no 2>/dev/null || true)
+echo "$(git log -1 --format='%H %cI' 2>/dev/null || echo unknown)${changed:+ with changes}" >"$out/COMMIT"
 du -sh "$out" | sed 's/^/collected: /'

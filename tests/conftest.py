@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -58,3 +61,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {missing}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Stop after a test that has cost this process its GPU: every later one would fail as well."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpu"):
+        lost = what_lost_the_gpu()
+        if lost:
+            item.session.shouldstop = f"this process cannot use its GPU any more: {lost}"
+    return report
+
+
+def what_lost_the_gpu() -> str:
+    """The error that all of torch's calls end in since some kernel's; empty if there is none."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""

@@ -21,6 +21,7 @@ from pipelive_kv.attention import append
 from pipelive_kv.kv import KVPool
 from pipelive_kv.spec import KVSpec
 from pipelive_kv.tracker import DirtyTracker
+from timing import gpu_seconds, in_l2, random_bytes
 
 SPEC = KVSpec(8, 128, "bfloat16", 16)
 Ranges = npt.NDArray[np.uint64]
@@ -34,15 +35,7 @@ def replayed(work: Callable[[], None], repeats: int = 30, batch: int = 50) -> li
     with torch.cuda.graph(graph):
         for _ in range(batch):
             work()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / batch)
-    return times[3:]
+    return [gpu_seconds(graph.replay) / batch for _ in range(repeats + 3)][3:]
 
 
 def waited(work: Callable[[], None], repeats: int) -> list[float]:
@@ -107,6 +100,7 @@ def bench_append(pool: KVPool, result: Result, seed: int, quick: bool) -> None:
                 str(tokens),
                 *(number(1e6 * t) for t in (without, marked, limit)),
                 f"{excess:.2f} %",
+                in_l2(2 * tokens * SPEC.slot_bytes),  # keys and values, read and written
             ]
         )
         if tokens == 64:
@@ -120,7 +114,7 @@ def bench_append(pool: KVPool, result: Result, seed: int, quick: bool) -> None:
                     excess <= 2,
                 )
             )
-    head = ("tokens", "append us", "with marks us", "two copies us", "excess")
+    head = ("tokens", "append us", "with marks us", "two copies us", "excess", "stays in L2")
     result.tables.append(Table("Append of one layer, 8 heads of 128, bfloat16", head, rows))
     tracker.seal(0)
 
@@ -197,7 +191,7 @@ def pattern(length: int, total_slots: int, num_slots: int, seed: int) -> Ranges:
 
 def device_rates(copier: Any, ranges: Ranges, nbytes: int) -> tuple[float, list[float]]:
     """Bytes a second of a device copy; of gather, of scatter, and of gather with checksum."""
-    packed = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    packed = random_bytes(nbytes)
     other = torch.empty_like(packed)
 
     def plain() -> None:
@@ -215,9 +209,9 @@ def device_rates(copier: Any, ranges: Ranges, nbytes: int) -> tuple[float, list[
 
 def host_rates(copier: Any, ranges: Ranges, nbytes: int) -> tuple[float, list[float]]:
     """Bytes a second of a copy to pinned memory; of gather without and with checksum, scatter."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    source = random_bytes(nbytes)
     pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    pageable = np.ones(nbytes, dtype=np.uint8)
+    pageable = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
 
     def fetch() -> None:
         pinned.copy_(source, non_blocking=True)
@@ -300,6 +294,8 @@ def main() -> None:
         budget=budget,
         device="cuda",
     ) as pool:
+        for layer in range(arguments.layers):
+            torch.from_dlpack(pool.layer(layer)).normal_()
         parts: list[tuple[str, Callable[[], Any]]] = [
             ("append", lambda: bench_append(pool, result, seed, quick)),
             ("collect", lambda: bench_collect(pool, result, seed, quick)),

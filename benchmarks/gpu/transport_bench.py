@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipelive_kv import _core  # noqa: E402
 from pipelive_kv.kv import KVPool  # noqa: E402
 from pipelive_kv.memory import open_device  # noqa: E402
 from pipelive_kv.spec import KVSpec  # noqa: E402
+from timing import gpu_seconds, random_bytes  # noqa: E402
 
 MIB = 1 << 20
 SECONDS = 60.0
@@ -71,7 +73,7 @@ def slot_ranges(kind: str, blocks: int) -> np.ndarray[Any, Any]:
 
 def plain_copy(nbytes: int, device: str) -> float:
     """Seconds to copy ``nbytes`` on the device."""
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    source = random_bytes(nbytes, device)
     target = torch.zeros_like(source)
     times = []
     for _ in range(12):
@@ -80,12 +82,7 @@ def plain_copy(nbytes: int, device: str) -> float:
             target.copy_(source)
             times.append(time.perf_counter() - start)
             continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
+        times.append(gpu_seconds(partial(target.copy_, source)))
     del source, target
     torch.cuda.empty_cache()
     return statistics.median(times[2:])
@@ -115,6 +112,9 @@ def nccl_alone(nbytes: int) -> tuple[str, float]:
     staging = _core.Staging(device, nbytes, 2)
     identity = _core.nccl_unique_id(candidates)
     comm = _core.NcclComm(candidates, device, identity, 0, 1, SECONDS)
+    filling = random_bytes(nbytes)
+    torch.cuda.synchronize()
+    comm.exchange(filling.data_ptr(), staging.piece(0), nbytes, 0, SECONDS)
     times = []
     for _ in range(10):
         begin = time.perf_counter()
@@ -148,6 +148,10 @@ def run_source(fd: int, settings: dict[str, Any]) -> None:
     assert connected.recv(1) == b"r"
     channel = open_end(connected, memory, 0, device=device, own=staging)
     views = {layer: pool.layer(layer) for layer in range(settings["layers"])}
+    for view in views.values():
+        torch.from_dlpack(view).normal_()
+    if settings["device"] != "cpu":
+        torch.cuda.synchronize()
     checksum = settings["checksum"]
     most = staging.piece_bytes
     sender = _core.PatchSender(channel, SPEC.core, views, 1, most, 0.0, checksum)
@@ -187,7 +191,7 @@ def patch(settings: dict[str, Any]) -> tuple[float, int]:
     channel = open_end(ours, fds[1], 1, device=device, peer=peer)
     views = {layer: pool.layer(layer) for layer in range(settings["layers"])}
     receiver = _core.PatchReceiver(channel, SPEC.core, views, 1, {}, None)
-    receiver.run(SECONDS * 4)
+    receiver.run(SECONDS * 4, None)
     told = json.loads(child.communicate(timeout=SECONDS)[0])
     channel.close()
     pool.close()

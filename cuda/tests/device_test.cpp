@@ -328,6 +328,30 @@ TEST_F(CudaPoolTest, AShrinkWaitsForTheStreamsThatUseThePool) {
   pool_->residency().forget_stream(compute.stream());
 }
 
+TEST_F(CudaPoolTest, LoweringWaitsForNothingAndReclaimingForAllThatUsesThePages) {
+  open();
+  OwnStream compute(device().context());
+  OwnStream moving(device().context());
+  pool_->residency().note_stream(compute.stream());
+  fake_.hold(compute.stream(), true);
+  device().fill(at(1, 29), 1, 64, compute.stream());
+  pool_->lower(4, std::vector<std::uint64_t>{29}, std::vector<BlockMove>{{29, 2}}, moving.stream());
+  EXPECT_EQ(pool_->capacity(), 4u);
+  EXPECT_EQ(fake_.count("cuMemUnmap"), 0u);
+  EXPECT_TRUE(fake_.pending(compute.stream()));
+  // The copies come behind what the pool's users have begun; their stream is no user itself.
+  fake_.hold(moving.stream(), true);
+  fake_.hold(compute.stream(), false);
+  auto reclaimed = std::async(std::launch::async, [&] { pool_->reclaim(); });
+  until_events_are_asked();
+  EXPECT_EQ(fake_.count("cuMemUnmap"), 0u);
+  fake_.hold(moving.stream(), false);
+  reclaimed.get();
+  EXPECT_FALSE(testing::accessible(at(1, 29)));
+  EXPECT_EQ(read(device(), at(1, 2), 64), std::vector<std::byte>(64, std::byte{1}));
+  pool_->residency().forget_stream(compute.stream());
+}
+
 TEST_F(CudaPoolTest, TheDefaultStreamIsWaitedForUnasked) {
   open();
   const auto drop = [&] { pool_->drop_layers(std::vector<std::uint32_t>{1}); };

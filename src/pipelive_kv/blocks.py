@@ -133,11 +133,12 @@ class BlockAllocator:
     ) -> None:
         """Carry the planned shrink out: targets take over the references of their sources.
 
-        A block released since the plan was made does not move; its target stays free.
+        A block released since the plan was made does not move; its target stays free. A part of the
+        plan will do, the highest ids first; what it has beyond is dropped.
 
         Args:
-            capacity: the planned capacity.
-            moves: the planned moves.
+            capacity: the planned capacity, or a higher one up to the present.
+            moves: the planned moves from ids at or above ``capacity``.
             after_seq: None where no step is in flight. Otherwise the last step scheduled before the
                 shrink: the ids moved away are in quarantine until it has retired, and the stages
                 unmap the ids only when they have completed it.

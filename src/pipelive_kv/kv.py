@@ -276,8 +276,12 @@ class KVPool:
         live: Iterable[int] = (),
         moves: Mapping[int, int] | None = None,
         stream: Any = None,
+        reclaim: bool = True,
     ) -> None:
         """Copy the blocks of ``moves`` ({old: new}) and keep only the ids below ``capacity``.
+
+        Without ``reclaim`` the pages behind the other ids stay until :meth:`reclaim` takes them
+        away, so that a step waits for no more than has to come before it.
 
         ``live`` are the ids whose bytes matter. On a GPU the copies go to ``stream``, if one is
         given, behind what :meth:`use_stream` streams have to do; and pages are taken away only when
@@ -285,12 +289,22 @@ class KVPool:
         because a stream is being captured, InvalidArgumentError for a move that is not from a live
         id to a free one below the new capacity, DeadlineError where a stream does not get done.
         """
-        self._core.shrink(
+        shrink = self._core.shrink if reclaim else self._core.lower
+        shrink(
             whole(capacity, "capacity"),
             [whole(block, "live") for block in live],
             _move_list(moves or {}),
             stream,
         )
+
+    def reclaim(self) -> None:
+        """Take the pages away that :meth:`shrink` has left behind; without any, do nothing.
+
+        Steps may go on meanwhile. It waits for what uses the pages as :meth:`shrink` does, and
+        raises the same; it may be called again then. :meth:`grow` and :meth:`add_layers` do it
+        first.
+        """
+        self._core.reclaim()
 
     def move_blocks(self, moves: Mapping[int, int], *, stream: Any = None) -> None:
         """Copy blocks ({old: new}) in all layers held; no id may take part in two moves.
@@ -445,11 +459,15 @@ class AdoptedPool:
         live: Iterable[int] = (),
         moves: Mapping[int, int] | None = None,
         stream: Any = None,
+        reclaim: bool = True,
     ) -> None:
         """Refused with BusyError, unless the capacity stays and nothing moves."""
         if moves:
             raise BusyError("an adopted pool cannot move blocks: the engine owns the memory")
         self._refuse_resize(capacity)
+
+    def reclaim(self) -> None:
+        """Nothing: no pages are left behind."""
 
     def add_layers(self, layers: Iterable[int]) -> None:
         """Refused with BusyError: the engine owns the memory."""

@@ -312,6 +312,7 @@ class JobTable:
 
 
 _ROOM = (
+    Ask("DescribeScheduler", "scheduler", optional=True),
     Ask("Grow", "stages", optional=True),
     Ask("RaiseCapacity", "scheduler", optional=True),
 )
@@ -346,7 +347,6 @@ JOB = JobTable(
             Ask("AwaitSwitched", "stages", record="commit"),
         ),
         Phase.RELEASING: (
-            Ask("DescribeScheduler", "scheduler", optional=True),
             Ask("Release", "stages", record="commit"),
             *_ROOM,
         ),

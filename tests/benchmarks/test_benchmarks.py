@@ -1,6 +1,7 @@
 """Every benchmark runs, with little to do, and says what it should; its figures are not judged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,14 @@ TINY = {
 NEEDS_MODEL = {"stop_time", "tpot_cost"}
 
 
-def run(*words):
+def run(*words, **more):
     done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **more,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -51,6 +57,30 @@ def test_moves_are_checked_and_counted(tmp_path):
     [(name, case)] = json.loads(out.read_text())["data"].items()
     assert name == f"{2 << 20}/tcp"
     assert [len(case["stops"][kind]) for kind in ("live", "stop_and_copy", "no-op")] == [1, 1, 2]
+
+
+def test_a_pool_resizes_beside_a_decode_loop(tmp_path):
+    """Written for GPUs; the CPU is another device to it."""
+    pytest.importorskip("torch")
+    out = tmp_path / "resize.json"
+    words = ["--device", "cpu", "--mib", "16", "--layers", "1", "--batch", "1", "--rounds", "1"]
+    path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    run(BENCHMARKS / "gpu/resize_bench.py", *words, "--out", out, env=environment)
+    data = json.loads(out.read_text())["data"]
+    assert data["pages"] == 8
+    assert len(data["operations_s"]["lower"]) == len(data["operations_s"]["shrink"]) == 1
+    assert len(data["steps_s"]["nothing"]) == 100
+    assert data["steps_s"]["reclaim"]
+
+
+def test_the_gpu_benchmark_of_transports_runs_without_a_gpu(tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "transport.json"
+    run(BENCHMARKS / "gpu/transport_bench.py", "--device=cpu", "--mib=4", "--quick", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3
+    assert all(row["gb_s"] > 0 for row in rows)
 
 
 def test_page_is_made_of_the_results(tmp_path):

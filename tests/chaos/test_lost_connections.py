@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 import pipelive_kv as pk
 from pipelive_kv.migration import PatchReceiver, PatchSender
-from pipelive_kv.stage import source as source_module
+from pipelive_kv.stage import patch_thread
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.incoming import Incoming
 from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.stage.source import SourceSession
@@ -28,7 +30,8 @@ BLOCKS = 8
 class Ends:
     """One source with two targets, one layer each; the first connections go over proxies."""
 
-    def __init__(self, cleanup: contextlib.ExitStack) -> None:
+    def __init__(self, cleanup: contextlib.ExitStack, background: Background) -> None:
+        self.background = background
         self.pools = [self._pool((0, 1), cleanup), self._pool((0,), cleanup)]
         self.pools.append(self._pool((1,), cleanup))
         self.tracker = pk.DirtyTracker(BLOCKS * SPEC.block_size)
@@ -43,7 +46,7 @@ class Ends:
             EPOCH,
             self.tracker,
             self.outgoing,
-            Background(nice),
+            background,
             sealed=-1,
             block_size=SPEC.block_size,
             verify=False,
@@ -110,16 +113,54 @@ class Ends:
         return Outgoing(1 + layer, (layer,), open_channel, make_sender)
 
 
-@pytest.fixture
-def ends():
+class Counting(Background):
+    """Notes how often it is asked, and stops there while ``go_on`` is not set."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.calls = 0
+        self.lock = threading.Lock()
+        self.go_on = threading.Event()
+
+    def run(self, call):
+        with self.lock:
+            self.calls += 1
+        assert self.go_on.wait(30)
+        return super().run(call)
+
+
+@pytest.fixture(params=[0, 5])
+def ends(request):
     with contextlib.ExitStack() as cleanup:
-        yield Ends(cleanup)
+        yield Ends(cleanup, Background(request.param))
+
+
+def test_the_bulk_alone_is_left_to_the_background():
+    background = Counting()
+    with contextlib.ExitStack() as cleanup:
+        ends = Ends(cleanup, background)
+        cleanup.callback(background.go_on.set)
+        ends.source.start([(0, BLOCKS)], max_stop_ms=1000, max_rounds=100, weights=None)
+        ends.write(0)
+        with pytest.raises(pk.DeadlineError):
+            ends.source.await_converged(0.05)
+        background.go_on.set()
+        ends.source.await_converged(30)
+        ends.source.write_through(30)
+        ends.source.commit(3)
+        for step in (1, 2):
+            ends.write(step)
+        ends.source.await_tail(30)
+        for layer, incoming in enumerate(ends.incoming):
+            incoming.wait_finished(30)
+            assert ends.held(layer) == ends.sent(layer)
+    assert background.calls == 3  # the source, and each target
 
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_one_closes_while_the_other_is_waited_for(ends, silent, monkeypatch):
     """The tail's wait for a silent target ends; the other's end was never noticed until then."""
-    monkeypatch.setattr(source_module, "STALL_TIMEOUT", 1.0)
+    monkeypatch.setattr(patch_thread, "STALL_TIMEOUT", 1.0)
     ends.source.start([(0, BLOCKS)], max_stop_ms=1000, max_rounds=100, weights=None)
     ends.write(0)
     ends.source.await_converged(30)

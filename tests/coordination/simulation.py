@@ -216,6 +216,7 @@ class Pipeline:
         seed=0,
         endpoint=None,
         remote=0,
+        moves_per_step=3,
         **more,
     ):
         """``record_dir`` is a directory, or a record that coordinator and scheduler are given.
@@ -238,7 +239,11 @@ class Pipeline:
             endpoint = self.coordinator.endpoint
         self.allocator = pk.BlockAllocator(max_blocks, capacity)
         self.scheduler = pk.Scheduler(
-            self.placement, allocator=self.allocator, control=endpoint, **own
+            self.placement,
+            allocator=self.allocator,
+            control=endpoint,
+            moves_per_step=moves_per_step,
+            **own,
         )
         self.scheduler.on_remap(self._remap)
         self.workers = [

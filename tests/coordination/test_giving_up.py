@@ -12,6 +12,7 @@ from simulation import Pipeline
 
 import pipelive_kv as pk
 from pipelive_kv.migration import RoundStats
+from pipelive_kv.stage.background import Background
 from pipelive_kv.stage.outgoing import Outgoing
 from pipelive_kv.stage.source import SourceSession
 
@@ -128,7 +129,7 @@ def test_a_promise_outlasts_the_deadline(source):
     session = source([10], max_stop_ms=50)
     session.await_converged(60)
     session.promise()
-    assert session._ends_at == math.inf
+    assert session._state.ends_at == math.inf
 
 
 # -- through the coordinator ---------------------------------------------------------------------

@@ -241,6 +241,36 @@ def test_refused_where_the_live_blocks_do_not_fit(pipeline):
     p.scheduler.freed(held)
 
 
+def test_a_shrink_of_several_steps(pipeline):
+    p = pipeline([4, 2], budget=4 * 5 * 4096, capacity=40, max_blocks=40, moves_per_step=1)
+    low = p.allocator.allocate(25)
+    p.allocator.allocate(12)  # 26 to 37, of which 6 have to move
+    p.most_live = 20
+    p.scheduler.freed(low)
+    report = _reconfigure(p, [1, 5])
+    assert (report.capacity_during, report.blocks_moved) == (32, 6)
+    assert max(w.pool.page_pool.stats().peak_held_bytes for w in p.workers) <= 4 * 5 * 4096
+
+
+def test_a_shrink_that_is_cancelled_half_way_is_taken_back(pipeline):
+    p = pipeline([4, 2], budget=4 * 5 * 4096, capacity=40, max_blocks=40, moves_per_step=1)
+    low = p.allocator.allocate(25)
+    p.allocator.allocate(12)
+    p.most_live = 20
+    p.scheduler.freed(low)
+    job = p.coordinator.reconfigure(pk.Placement.from_counts([1, 5]), timeout=60)
+    while p.allocator.capacity == 40:
+        p.step(empty=True)
+    assert p.allocator.capacity == 37
+    p.drain()
+    job.cancel()
+    with pytest.raises(pk.CancelledError):
+        job.wait(timeout=60)
+    assert all(worker.pool.capacity == 40 for worker in p.workers)
+    p.check(pk.Placement.from_counts([4, 2]))
+    assert p.allocator.capacity == 40
+
+
 def test_bad_wishes(pipeline):
     p = pipeline([3, 3])
     with pytest.raises(pk.InvalidArgumentError, match="expected a Placement"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipelive_kv as pk
-from pipelive_kv.messages import RaiseCapacity, Shrink
+from pipelive_kv.messages import DescribeScheduler, RaiseCapacity, Settle, Shrink
 
 MAX_BLOCKS = 32
 
@@ -16,9 +16,11 @@ MAX_BLOCKS = 32
 class World:
     """A scheduler, asked as a coordinator would ask it, and stages that lag behind."""
 
-    def __init__(self, capacity=16):
+    def __init__(self, capacity=16, moves_per_step=64):
         self.allocator = pk.BlockAllocator(MAX_BLOCKS, capacity)
-        self.scheduler = pk.Scheduler(pk.Placement.from_counts([2]), allocator=self.allocator)
+        self.scheduler = pk.Scheduler(
+            pk.Placement.from_counts([2]), allocator=self.allocator, moves_per_step=moves_per_step
+        )
         self.scheduler.on_remap(self._remap)
         self.wanted = threading.Event()
         self.scheduler.on_wants_step(self.wanted.set)
@@ -114,6 +116,56 @@ def test_a_shrink_waits_for_the_quarantine(world):
     assert world.answer().moved == 5
 
 
+def test_many_moves_are_spread_over_steps():
+    world = World(moves_per_step=2)
+    try:
+        world.take(7)
+        world.take(6)
+        before = dict(enumerate(world.held[1]))
+        first = world.scheduler.stamp()
+        world.free()
+        world.scheduler.retired(first.seq)
+        world.shrink(9)
+        steps = [world.scheduler.stamp() for _ in range(3)]
+        assert [(s.capacity, s.resize, len(s.moves)) for s in steps] == [
+            (12, 1, 2),
+            (10, 2, 2),
+            (9, 3, 1),
+        ]
+        assert not world.scheduler.wants_step
+        answer = world.answer()
+        assert (answer.capacity, answer.resize, answer.moved) == (9, 3, 5)
+        moved = {old: new for step in steps for old, new in step.moves}
+        assert world.held[0] == [moved.get(block, block) for block in before.values()]
+    finally:
+        world.close()
+
+
+def test_a_shrink_that_ends_half_way_says_so_and_can_be_taken_back():
+    world = World(moves_per_step=2)
+    try:
+        world.take(7)
+        world.take(6)
+        world.free()
+        world.shrink(9)
+        assert world.scheduler.stamp().capacity == 12
+        assert world.outcome is None
+        world.scheduler._handle(Settle(world.epoch, commit=False))
+        assert isinstance(world.answer(), pk.CancelledError)
+        assert world.scheduler.stamp().capacity == 12
+        found = world.scheduler._handle(DescribeScheduler())
+        assert (found.capacity, found.capacity_before, found.resize) == (12, 16, 1)
+        world.scheduler._handle(RaiseCapacity(16))
+        assert world.scheduler.stamp().capacity == 16
+    finally:
+        world.close()
+
+
+def test_moves_per_step_is_checked():
+    with pytest.raises(pk.InvalidArgumentError, match="moves_per_step is 0, expected 1 or more"):
+        World(moves_per_step=0)
+
+
 def test_live_blocks_that_do_not_fit_are_refused(world):
     world.take(12)
     world.shrink(9)
@@ -168,7 +220,7 @@ def _stage(memory, stamp, applied):
 def test_content_survives_every_order_of_changes(seed):
     """Stages run steps late; blocks are freed, reused, moved, and the capacity goes both ways."""
     dice = random.Random(seed)
-    world = World()
+    world = World(moves_per_step=dice.choice([1, 2, 64]))
     world.scheduler.on_short(lambda _: world.free())
     memory = {0: 0}
     queue = []

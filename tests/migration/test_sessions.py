@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -344,16 +345,31 @@ def test_cancel_wakes_everybody(ends, pools):
         receiver.run(SECONDS)
 
 
-def test_run_may_be_called_once(ends, pools):
+def test_run_is_over_when_the_source_has_finished(ends, pools):
     source, target = pools
     receiver = receiver_of(ends[1], target)
     with Running(receiver) as running:
         sender_of(ends[0], source).finish(SECONDS)
         assert running.join() is None
-    with pytest.raises(InvalidArgumentError, match="once"):
+    with pytest.raises(InvalidArgumentError, match="after the source had finished"):
         receiver.run(SECONDS)
     with pytest.raises(ClosedError, match="finished before step 7"):
         receiver.wait_applied(7, SECONDS)
+
+
+def test_rounds_to_run_are_checked(ends, pools):
+    receiver = receiver_of(ends[1], pools[1])
+    with pytest.raises(InvalidArgumentError, match="rounds is 0, expected None or 1 or more"):
+        receiver.run(SECONDS, rounds=0)
+    sender = sender_of(ends[0], pools[0])
+    with ThreadPoolExecutor(1) as other:
+        bulk = other.submit(receiver.run, SECONDS, rounds=1)
+        sender.send_round(0, 5, np.array([[0, 4]], dtype=np.uint64), timeout=SECONDS)
+        assert bulk.result(SECONDS) is False
+        rest = other.submit(receiver.run, SECONDS)
+        sender.finish(SECONDS)
+        assert rest.result(SECONDS) is True
+    assert receiver.applied_through == 5
 
 
 def test_stop_predictor():

@@ -337,14 +337,18 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const IdMove>
   std::sort(sorted.begin(), sorted.end(),
             [](const IdMove& a, const IdMove& b) { return a.from < b.from; });
   const std::lock_guard lock(mutex_);
-  if (planned_capacity_ != capacity) {
+  if (!planned_capacity_ || capacity < *planned_capacity_ || capacity > capacity_) {
     refuse("BlockAllocator.apply_shrink: capacity is " + std::to_string(capacity) + ", expected " +
-           (planned_capacity_ ? std::to_string(*planned_capacity_) + ", which is planned"
+           (planned_capacity_ ? std::to_string(*planned_capacity_) + ", which is planned, to " +
+                                    std::to_string(capacity_)
                               : std::string("a planned shrink, and none is")));
   }
-  if (sorted != planned_moves_) {
+  // The plan's moves are in the order of the ids that they leave.
+  const auto part = std::partition_point(planned_moves_.begin(), planned_moves_.end(),
+                                         [&](const IdMove& move) { return move.from < capacity; });
+  if (!std::equal(sorted.begin(), sorted.end(), part, planned_moves_.end())) {
     const auto [given, planned] =
-        std::mismatch(sorted.begin(), sorted.end(), planned_moves_.begin(), planned_moves_.end());
+        std::mismatch(sorted.begin(), sorted.end(), part, planned_moves_.end());
     const auto text = [](const IdMove& move) {
       return std::to_string(move.from) + " -> " + std::to_string(move.to);
     };
@@ -362,8 +366,8 @@ void BlockAllocator::apply_shrink(std::int64_t capacity, std::span<const IdMove>
     if (at(id).state == State::withheld) at(id).state = State::absent;
   }
   capacity_ = capacity;
-  planned_capacity_.reset();
-  planned_moves_.clear();
+  planned_moves_.erase(part, planned_moves_.end());
+  drop_plan();  // what is left of it
   for (const IdMove& move : sorted) {
     Block& source = at(move.from);
     Block& target = at(move.to);

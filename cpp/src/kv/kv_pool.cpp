@@ -9,8 +9,6 @@
 namespace pipelive {
 namespace {
 
-// How long a resize waits for host operations and events that still use what is to go.
-constexpr double kFenceSeconds = 30.0;
 constexpr double kCopySeconds = 60.0;
 
 [[noreturn]] void fail(const std::string& message) {
@@ -28,12 +26,6 @@ Geometry make_geometry(const KVSpec& spec, const PagePool& pages, const KVPoolOp
   geometry.extra_pages = options.holes == HolePolicy::scratch ? 1 : 0;
   geometry.validate();
   return geometry;
-}
-
-void wait_for(std::span<const std::shared_ptr<Event>> events, Deadline deadline) {
-  for (const std::shared_ptr<Event>& event : events) {
-    if (event != nullptr) event->wait(deadline);
-  }
 }
 
 }  // namespace
@@ -55,6 +47,7 @@ KVPool::KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPool
       pages_(std::move(pages)),
       held_(geometry_.num_stacks(), false),
       capacity_(options.capacity),
+      mapped_(options.capacity),
       residency_(geometry_.num_layers) {
   if (holes_ == HolePolicy::scratch) scratch_ = std::make_shared<ScratchPage>(*pages_);
   arenas_.reserve(held_.size());
@@ -115,7 +108,7 @@ KVPoolStats KVPool::stats() const {
   stats.capacity = capacity();
   stats.max_blocks = geometry_.max_blocks;
   for (const std::uint32_t index : stacks) stats.layers_held += geometry_.layers_in(index);
-  stats.held_bytes = closed() ? 0 : geometry_.bytes_needed(stacks, stats.capacity);
+  stats.held_bytes = closed() ? 0 : geometry_.bytes_needed(stacks, mapped_);
   stats.resident_bytes = stats.capacity * stats.layers_held * geometry_.block_bytes;
   return stats;
 }
@@ -146,130 +139,6 @@ void KVPool::publish_locked(std::uint64_t capacity, const std::vector<std::uint3
 void KVPool::forbid_use_locked(std::string reason) noexcept {
   broken_ = std::move(reason);
   publish_locked(capacity(), {}, false);
-}
-
-// Draws all pages first, since running out is what fails in practice; then maps part by part and
-// takes the parts out again where one fails.
-void KVPool::map_all(std::vector<Mapped> parts) {
-  std::erase_if(parts, [](const Mapped& part) { return part.bytes == 0; });
-  std::size_t total = 0;
-  for (const Mapped& part : parts) total += part.bytes / geometry_.page_bytes;
-  PageLease lease = pages_->take(total, PagePool::Prefer::clean);
-  std::size_t done = 0;
-  try {
-    for (; done < parts.size(); ++done) {
-      PageLease rest = lease.split(parts[done].bytes / geometry_.page_bytes);
-      parts[done].arena->map(parts[done].offset, std::move(lease));
-      lease = std::move(rest);
-    }
-  } catch (...) {
-    while (done-- > 0) {
-      try {
-        parts[done].arena->unmap(parts[done].offset, parts[done].bytes);
-      } catch (const std::exception& error) {
-        forbid_use_locked(std::string("undoing a failed grow failed: ") + error.what());
-      }
-    }
-    throw;
-  }
-}
-
-std::vector<KVPool::Removed> KVPool::unmap_all(const std::vector<Mapped>& parts) {
-  std::vector<Removed> removed;
-  removed.reserve(parts.size());
-  try {
-    for (const Mapped& part : parts) {
-      if (part.bytes == 0) continue;
-      removed.push_back({part.arena, part.offset, part.arena->take_out(part.offset, part.bytes)});
-    }
-  } catch (...) {
-    for (Removed& part : removed) {
-      try {
-        part.arena->put_back(part.offset, std::move(part.pages));
-      } catch (const std::exception& error) {
-        forbid_use_locked(std::string("undoing a failed shrink failed: ") + error.what());
-      }
-    }
-    throw;
-  }
-  return removed;
-}
-
-void KVPool::add_layers(std::span<const std::uint32_t> layers) {
-  const std::lock_guard lock(mutex_);
-  check_usable_locked();
-  const std::vector<std::uint32_t> stacks = geometry_.stacks_of(layers, "add_layers", true);
-  std::vector<Mapped> parts;
-  for (const std::uint32_t index : stacks) {
-    if (held_[index]) {
-      fail("add_layers: layer " + std::to_string(geometry_.first_layer(index)) +
-           " is held already");
-    }
-    const std::size_t pages = geometry_.pages_for(index, capacity());
-    parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
-  }
-  wait_for_users_of_holes();
-  map_all(std::move(parts));
-  publish_locked(capacity(), stacks, true);
-}
-
-void KVPool::drop_layers(std::span<const std::uint32_t> layers,
-                         std::span<const std::shared_ptr<Event>> after) {
-  const std::lock_guard lock(mutex_);
-  check_usable_locked();
-  const std::vector<std::uint32_t> stacks = geometry_.stacks_of(layers, "drop_layers", true);
-  std::vector<Mapped> parts;
-  for (const std::uint32_t index : stacks) {
-    if (!held_[index]) {
-      fail("drop_layers: layer " + std::to_string(geometry_.first_layer(index)) + " is not held");
-    }
-    const std::size_t pages = geometry_.pages_for(index, capacity());
-    parts.push_back({arenas_[index].get(), 0, pages * geometry_.page_bytes});
-  }
-  const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
-  wait_for(after, deadline);
-  // Nothing begins to use what is to go from here on; what has begun is waited for.
-  set_limits(stacks, 0);
-  std::vector<Removed> removed;
-  try {
-    residency_.drain(deadline);
-    wait_for_users({}, deadline);
-    removed = unmap_all(parts);
-  } catch (...) {
-    publish_locked(capacity(), {}, false);
-    throw;
-  }
-  publish_locked(capacity(), stacks, false);
-}
-
-void KVPool::grow(std::uint64_t capacity) {
-  const std::lock_guard lock(mutex_);
-  check_usable_locked();
-  check_capacity("grow", capacity);
-  const std::uint64_t before = this->capacity();
-  if (capacity < before) {
-    fail("grow: capacity is " + std::to_string(capacity) + ", expected at least the present " +
-         std::to_string(before));
-  }
-  if (capacity == before) return;
-  wait_for_users_of_holes();
-  std::vector<Mapped> parts;
-  const std::vector<std::uint32_t> stacks = held_stacks();
-  bool zeroed = false;
-  for (const std::uint32_t index : stacks) {
-    const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
-    const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
-    parts.push_back({arenas_[index].get(), old_bytes, new_bytes - old_bytes});
-    // The last page so far may hold what an id above the capacity left behind.
-    const std::size_t used = before * geometry_.stride(index);
-    if (used < old_bytes) {
-      device()->fill(arenas_[index]->base() + used, 0, old_bytes - used);
-      zeroed = true;
-    }
-  }
-  if (zeroed) device()->record()->wait(Deadline::after_seconds(kCopySeconds));
-  map_all(std::move(parts));
-  publish_locked(capacity, {}, false);
 }
 
 void KVPool::check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const {
@@ -327,46 +196,10 @@ void KVPool::check_live(std::uint64_t capacity, std::span<const std::uint64_t> l
   }
 }
 
-std::vector<Stream> KVPool::users() const {
-  std::vector<Stream> streams = residency_.streams();
-  for (const Stream stream : device()->implicit_streams()) {
-    if (std::find(streams.begin(), streams.end(), stream) == streams.end()) {
-      streams.push_back(stream);
-    }
-  }
-  return streams;
-}
-
-// All that the noted streams have been given so far comes before what `stream` is given next.
-void KVPool::order_after_users(Stream stream) const {
-  for (const Stream user : users()) {
-    if (user != stream) device()->order_after(stream, device()->record(user));
-  }
-}
-
-void KVPool::wait_for_users(Stream stream, Deadline deadline) const {
-  std::vector<Stream> streams = users();
-  if (stream.handle != nullptr &&
-      std::find(streams.begin(), streams.end(), stream) == streams.end())
-    streams.push_back(stream);
-  std::vector<std::shared_ptr<Event>> events;
-  events.reserve(streams.size());
-  for (const Stream user : streams) events.push_back(device()->record(user));
-  wait_for(events, deadline);
-}
-
 void KVPool::order_consumer(Stream consumer) const {
   check_open();
   for (const Stream user : residency_.streams()) {
     if (user != consumer) device()->order_after(consumer, device()->record(user));
-  }
-}
-
-void KVPool::set_limits(const std::vector<std::uint32_t>& stacks, std::uint64_t limit) noexcept {
-  for (const std::uint32_t index : stacks) {
-    for (std::uint32_t i = 0; i < geometry_.layers_in(index); ++i) {
-      residency_.set_limit(geometry_.first_layer(index) + i, limit);
-    }
   }
 }
 
@@ -397,47 +230,6 @@ void KVPool::copy_blocks_locked(std::span<const BlockMove> moves, Stream stream)
   }
 }
 
-void KVPool::shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
-                    std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after,
-                    Stream stream) {
-  const std::lock_guard lock(mutex_);
-  check_usable_locked();
-  check_capacity("shrink", capacity);
-  const std::uint64_t before = this->capacity();
-  if (capacity > before) {
-    fail("shrink: capacity is " + std::to_string(capacity) + ", expected at most the present " +
-         std::to_string(before));
-  }
-  check_moves(moves, capacity);
-  check_live(capacity, live, moves);
-  const Deadline deadline = Deadline::after_seconds(kFenceSeconds);
-  wait_for(after, deadline);
-  if (!moves.empty()) {
-    // A host operation must not write to a block while it is copied.
-    const Residency::Exclusive exclusive = residency_.exclude(deadline);
-    copy_blocks_locked(moves, stream);
-  }
-  if (capacity == before) return;
-  const std::vector<std::uint32_t> stacks = held_stacks();
-  std::vector<Mapped> parts;
-  for (const std::uint32_t index : stacks) {
-    const std::size_t old_bytes = geometry_.pages_for(index, before) * geometry_.page_bytes;
-    const std::size_t new_bytes = geometry_.pages_for(index, capacity) * geometry_.page_bytes;
-    parts.push_back({arenas_[index].get(), new_bytes, old_bytes - new_bytes});
-  }
-  set_limits(stacks, capacity);
-  std::vector<Removed> removed;
-  try {
-    residency_.drain(deadline);
-    wait_for_users(stream, deadline);
-    removed = unmap_all(parts);
-  } catch (...) {
-    publish_locked(before, {}, false);
-    throw;
-  }
-  publish_locked(capacity, {}, false);
-}
-
 void KVPool::move_blocks(std::span<const BlockMove> moves, Stream stream) {
   const std::lock_guard lock(mutex_);
   check_usable_locked();
@@ -454,21 +246,6 @@ std::uint64_t KVPool::bytes_needed(std::span<const std::uint32_t> layers,
 std::uint64_t KVPool::blocks_that_fit(std::span<const std::uint32_t> layers,
                                       std::uint64_t budget_bytes) const {
   return geometry_.blocks_that_fit(geometry_.stacks_of(layers, "layers", false), budget_bytes);
-}
-
-// A device that has failed for good has no work under way, and must not keep the pool open.
-void KVPool::wait_for_users_at_close() const {
-  try {
-    wait_for_users({}, Deadline::after_seconds(kFenceSeconds));
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::device) throw;
-  }
-}
-
-// The page that stands behind holes cannot be exchanged for others in one step, and what runs on a
-// device does not wait for the second one.
-void KVPool::wait_for_users_of_holes() const {
-  if (scratch_ != nullptr) wait_for_users({}, Deadline::after_seconds(kFenceSeconds));
 }
 
 void KVPool::close() {

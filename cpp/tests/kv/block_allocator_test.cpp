@@ -298,7 +298,9 @@ TEST(BlockAllocator, ApplyRefusesWhatWasNotPlanned) {
   (void)blocks.allocate(11);
   blocks.release(Ids{1, 2, 3});
   const Moves moves = blocks.plan_shrink(9);
-  expect_refused([&] { blocks.apply_shrink(10, moves); }, "capacity is 10, expected 9");
+  expect_refused([&] { blocks.apply_shrink(8, moves); }, "capacity is 8, expected 9");
+  expect_refused([&] { blocks.apply_shrink(13, {}); }, "capacity is 13, expected 9, which is");
+  expect_refused([&] { blocks.apply_shrink(10, moves); }, "has 9 -> 1 where the plan has 10 -> 2");
   expect_refused([&] { blocks.apply_shrink(9, {}); }, "has nothing more where the plan has 9 -> 1");
   Moves wrong = moves;
   wrong[1].to = 5;
@@ -309,6 +311,27 @@ TEST(BlockAllocator, ApplyRefusesWhatWasNotPlanned) {
   expect_refused([&] { blocks.apply_shrink(9, moves, -2); }, "after_seq is -2");
   EXPECT_EQ(blocks.planned_capacity(), 9);
   blocks.apply_shrink(9, moves);
+}
+
+TEST(BlockAllocator, TheUpperPartOfAPlanIsCarriedOutAndTheRestDropped) {
+  BlockAllocator blocks(100, 12);
+  (void)blocks.allocate(11);
+  blocks.release(Ids{1, 2, 3, 10});
+  EXPECT_EQ(blocks.plan_shrink(8), (Moves{{8, 1}, {9, 2}, {11, 3}}));
+  blocks.apply_shrink(9, Moves{{9, 2}, {11, 3}}, 4);
+  EXPECT_EQ(blocks.capacity(), 9);
+  EXPECT_EQ(blocks.planned_capacity(), std::nullopt);
+  EXPECT_EQ(blocks.num_free(), 1);  // block 1 is nobody's target any more
+  EXPECT_EQ(blocks.refcount(2), 1u);
+  EXPECT_EQ(blocks.refcount(3), 1u);
+  // The next part needs nothing of what is in quarantine above.
+  EXPECT_EQ(blocks.plan_shrink(8), (Moves{{8, 1}}));
+  blocks.apply_shrink(8, Moves{{8, 1}}, 5);
+  blocks.retire(5);
+  EXPECT_EQ(blocks.capacity(), 8);
+  EXPECT_EQ(blocks.num_free(), 0);
+  blocks.raise_capacity(12);
+  EXPECT_EQ(blocks.num_free(), 4);
 }
 
 // No id may ever be held by two threads, and in the end everything is free again.

@@ -137,6 +137,43 @@ TEST_P(KVPoolTest, BlocksThatComeBackHoldZeros) {
   EXPECT_TRUE(is_zero(1, 99));
 }
 
+TEST_P(KVPoolTest, LowersAtOnceAndReclaimsLater) {
+  open({0, 3}, 100);
+  for (std::uint64_t block = 0; block < 100; ++block) put(block);
+  const std::size_t used = pages_->stats().used_bytes;
+  pool_->lower(50, Ids{0, 1, 90}, Moves{{90, 2}});
+  EXPECT_EQ(pool_->capacity(), 50u);
+  EXPECT_CODE(not_resident, pool_->residency().check_range(0, 0, 51));
+  EXPECT_TRUE(holds(2, 90));
+  pool_->lower(5, Ids{0, 1, 2, 40}, Moves{{40, 3}});
+  EXPECT_EQ(pages_->stats().used_bytes, used);
+  EXPECT_EQ(pool_->stats().held_bytes, used);
+  EXPECT_TRUE(accessible(at(0, 99)));
+  pool_->reclaim();
+  EXPECT_EQ(pages_->stats().used_bytes, 2 * page_);
+  EXPECT_EQ(pool_->stats().held_bytes, 2 * page_);
+  EXPECT_FALSE(accessible(at(0, 99)));
+  EXPECT_TRUE(holds(3, 40));
+  pool_->reclaim();
+  EXPECT_ERROR(invalid_argument, "at most the present 5", pool_->lower(6, {}, {}));
+}
+
+TEST_P(KVPoolTest, WhatComesAfterLowerTakesThePagesAway) {
+  open({0, 3}, 100);
+  for (std::uint64_t block = 0; block < 100; ++block) put(block);
+  pool_->lower(3, {}, {});
+  pool_->grow(60);
+  for (std::uint64_t block = 3; block < 60; ++block) EXPECT_TRUE(is_zero(3, block)) << block;
+  pool_->lower(3, {}, {});
+  pool_->add_layers(Layers{1});
+  EXPECT_EQ(pages_->stats().used_bytes, 3 * page_);
+  pool_->grow(60);
+  pool_->lower(3, {}, {});
+  pool_->drop_layers(Layers{0, 1});
+  pool_->shrink(2, {}, {});
+  EXPECT_EQ(pages_->stats().used_bytes, page_);
+}
+
 TEST_P(KVPoolTest, ShrinkMovesBlocksOrSaysWhichAreInTheWay) {
   open({0, 1, 2}, 50);
   for (const std::uint64_t block : {0, 7, 30, 31, 49}) put(block);
@@ -432,6 +469,27 @@ TEST_P(KVPoolFaultTest, Shrink) {
   EXPECT_EQ(failures[DeviceCall::unmap], 2u);
   EXPECT_EQ(failures[DeviceCall::map_repeated], holes() == HolePolicy::scratch ? 2u : 0u);
   check();
+}
+
+TEST_P(KVPoolFaultTest, Reclaim) {
+  // Until it succeeds the pages are there, and nothing but the capacity has changed.
+  auto failures = testing::fail_each_call(
+      *fault_,
+      [&] {
+        if (pool_->capacity() == 30) pool_->lower(9, Ids{0, 1, 8}, {});
+        pool_->reclaim();
+      },
+      [&] {
+        EXPECT_LT(pages_->stats().used_bytes, used_);
+        pool_->grow(30);
+      },
+      [&] {
+        EXPECT_EQ(pool_->capacity(), 9u);
+        EXPECT_EQ(pages_->stats().used_bytes, used_);
+        EXPECT_EQ(device_->usage().mapped_bytes, before_.mapped_bytes);
+        for (const std::uint64_t block : {0, 1, 8}) EXPECT_TRUE(holds(block, block));
+      });
+  EXPECT_EQ(failures[DeviceCall::unmap], 2u);
 }
 
 TEST_P(KVPoolFaultTest, AddLayers) {

@@ -121,6 +121,34 @@ TEST_F(Receiver, ARangeWithHolesOfNewerSlotsIsWrittenAround) {
   EXPECT_EQ(at(1, 50), std::byte{4});
 }
 
+TEST_F(Receiver, RunsInPartsByRounds) {
+  auto channels = make_channels(ChannelKind::shm);
+  wire_end = channels.a;
+  PatchReceiver::Options options;
+  options.epoch = kEpoch;
+  PatchReceiver receiver(channels.b, memory.patch_layers(), options);
+  hello();
+  data(header(Kind::data, 0, 1), {{0, 1, 4, 2}}, std::byte{1});
+  auto bulk = std::async(std::launch::async, [&] { return receiver.run(soon(), 1); });
+  receiver.wait_applied(-1, soon());
+  while (receiver.stats().messages < 2) std::this_thread::yield();
+  // It runs already.
+  EXPECT_EQ(code_of([&] { receiver.run(soon()); }), ErrorCode::invalid_argument);
+  round_end(0, 1, {1, 1, 4});
+  EXPECT_FALSE(bulk.get());
+  EXPECT_EQ(receiver.rounds_applied(), 1U);
+  EXPECT_FALSE(receiver.run(soon(), 1));  // they are applied; nothing is waited for
+  data(header(Kind::data, 1, 2), {{4, 2, 4, 2}}, std::byte{2});
+  round_end(1, 2, {1, 1, 4});
+  finish(2);
+  EXPECT_TRUE(receiver.run(soon()));
+  EXPECT_EQ(at(0, 0), std::byte{1});
+  EXPECT_EQ(at(0, 4), std::byte{2});
+  std::string text;
+  EXPECT_EQ(code_of([&] { receiver.run(soon()); }, &text), ErrorCode::invalid_argument);
+  EXPECT_NE(text.find("after the source had finished"), std::string::npos) << text;
+}
+
 TEST_F(Receiver, DuplicatedAndReorderedMessagesAreHarmless) {
   hello();
   data(header(Kind::data, 0, 5, 1), {{8, 1, 4, 2}}, std::byte{2});

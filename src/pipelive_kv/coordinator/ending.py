@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from pipelive_kv.coordinator.fanout import Fanout, name_of
+from pipelive_kv.coordinator.fanout import SCHEDULER_NAME, Fanout, name_of
 from pipelive_kv.coordinator.job import Job
 from pipelive_kv.coordinator.report import Report
 from pipelive_kv.errors import ClosedError, DeadlineError, PipeliveError
@@ -185,16 +185,23 @@ class Ending:
             for name in problems
             if name not in to.stages or to.server.is_connected(name) or name in serving
         ]
-        capacity = report.capacity_before
-        if report.capacity_during < capacity and not missed:
-            grown = to.try_all(
-                lambda _: Grow(capacity, self._resize, ABORT_TIMEOUT), Done, ABORT_TIMEOUT, living
-            )
-            if not grown:
-                grown = to.try_scheduler(RaiseCapacity(capacity), Done, ABORT_TIMEOUT)
-            problems |= grown
+        if not missed:
+            problems |= self._grow_back(living)
         for name, problem in problems.items():
             _log.error("while epoch %d was taken back: %s: %s", self.epoch, name, problem)
+
+    def _grow_back(self, ranks: Sequence[int]) -> dict[str, PipeliveError]:
+        """Raise the capacity to what it was, also where not all of a shrink's steps have come."""
+        to, capacity = self._to, self._report.capacity_before
+        try:
+            found = to.scheduler(DescribeScheduler(), SchedulerInfo, ABORT_TIMEOUT)
+        except PipeliveError as error:
+            return {SCHEDULER_NAME: error}
+        if found.capacity >= capacity:
+            return {}
+        return to.try_all(
+            lambda _: Grow(capacity, found.resize, ABORT_TIMEOUT), Done, ABORT_TIMEOUT, ranks
+        ) or to.try_scheduler(RaiseCapacity(capacity), Done, ABORT_TIMEOUT)
 
     # what went wrong, in which phase, and who has gone
 

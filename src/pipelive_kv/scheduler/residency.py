@@ -30,12 +30,23 @@ class Residency:
     A change is wished for by the coordinator, in its threads, and takes effect in :meth:`apply`
     alone, between two steps. So whatever a step or a collect sees of block ids has one place in the
     order of the stamps, and an id is never handed out, moved or taken away beside it.
+
+    A step waits for the blocks that move before it. So a shrink with more than ``moves_per_step``
+    of them takes several steps, each of which lowers the capacity by as much as its moves allow.
     """
 
-    def __init__(self, allocator: BlockOwner, state: State, lock: threading.Condition) -> None:
+    def __init__(
+        self,
+        allocator: BlockOwner,
+        state: State,
+        lock: threading.Condition,
+        *,
+        moves_per_step: int,
+    ) -> None:
         self._allocator = allocator
         self._state = state
         self._lock = lock
+        self._moves_per_step = moves_per_step
 
     @property
     def capacity(self) -> int:
@@ -55,7 +66,9 @@ class Residency:
             state.shrunk_for = state.capacity_before = -1
 
     def shrink(self, request: Shrink, wake: Callable[[], None]) -> Resized:
-        """Wait until a step has lowered the capacity.
+        """Wait until steps have lowered the capacity.
+
+        Where it raises, it may have been lowered in part.
 
         Raises:
             OverBudgetError: the live blocks do not fit, and the engine has not made room.
@@ -75,8 +88,9 @@ class Residency:
             if rest <= 0:
                 state.shrink = None
                 raise DeadlineError(
-                    f"the engine stamped no step within {request.timeout:g} s, so the capacity "
-                    f"could not shrink to {request.capacity} blocks"
+                    f"the engine stamped no step, or too few, within {request.timeout:g} s, so "
+                    f"the capacity could not shrink from {self.capacity} to {request.capacity} "
+                    "blocks"
                 )
             self._lock.wait(rest)
         if isinstance(pending.outcome, PipeliveError):
@@ -136,10 +150,10 @@ class Residency:
     def _try(self, request: ShrinkRequest) -> None:
         state = self._state
         before = self._allocator.capacity
+        capacity, moves = self._part_of(request.capacity)
         for refuse in state.capacity:
-            refuse(request.capacity)
-        moves = self._allocator.plan_shrink(request.capacity)
-        self._allocator.apply_shrink(request.capacity, moves, self.after_seq())
+            refuse(capacity)
+        self._allocator.apply_shrink(capacity, moves, self.after_seq())
         for remap in state.remap:
             if moves:
                 remap(moves)
@@ -148,7 +162,17 @@ class Residency:
         state.shrunk_for = request.epoch
         state.resize += 1
         state.moves = tuple(sorted(moves.items()))
-        self._end(Resized(state.resize, request.capacity, len(moves)))
+        request.moved += len(moves)
+        if capacity == request.capacity:
+            self._end(Resized(state.resize, capacity, request.moved))
+
+    def _part_of(self, capacity: int) -> tuple[int, dict[int, int]]:
+        """How far one step goes towards ``capacity``, and the moves {old: new} that it takes."""
+        moves = self._allocator.plan_shrink(capacity)
+        if len(moves) <= self._moves_per_step:
+            return capacity, moves
+        highest = sorted(moves)[-self._moves_per_step :]
+        return highest[0], {old: moves[old] for old in highest}
 
     def _make_room(self, request: ShrinkRequest, error: PipeliveError) -> bool:
         """Whether to try again at once; otherwise a later step does, or the shrink is refused."""

@@ -80,6 +80,11 @@ class Scheduler:
             engines whose steps may follow on from steps under way; the layer waits no longer then
             than under ``reads_retired``.
         record: the decision record, where it is not the coordinator's directory of files.
+        moves_per_step: how many blocks may move before one step, which waits for them; a shrink
+            with more takes several steps.
+
+    Raises:
+        InvalidArgumentError: ``moves_per_step`` is below 1.
     """
 
     def __init__(
@@ -91,7 +96,10 @@ class Scheduler:
         reads_retired: bool = False,
         defers_hazards: bool = False,
         record: DecisionRecord | None = None,
+        moves_per_step: int = 64,
     ) -> None:
+        if moves_per_step < 1:
+            raise InvalidArgumentError(f"moves_per_step is {moves_per_step}, expected 1 or more")
         self._record = record
         self._names_needs = reads_retired or defers_hazards
         self._allocator = allocator
@@ -99,7 +107,9 @@ class Scheduler:
         self._lock = threading.Condition()
         self._state = State()
         self._writes = WritesInFlight()
-        self._residency = Residency(allocator, self._state, self._lock)
+        self._residency = Residency(
+            allocator, self._state, self._lock, moves_per_step=moves_per_step
+        )
         self._client = (
             ControlClient(control, "scheduler", self._handle, self._on_lost)
             if control is not None

@@ -39,7 +39,11 @@ class BlockOwner(Protocol):
     def apply_shrink(
         self, capacity: int, moves: dict[int, int], after_seq: int | None = None
     ) -> None:
-        """Carry out what was planned; the old ids are free once step ``after_seq`` has retired."""
+        """Carry out what was planned; the old ids are free once step ``after_seq`` has retired.
+
+        Or its upper part: down to a ``capacity`` above the planned one, with those of the planned
+        moves that leave ids from there on.
+        """
 
     def cancel_shrink(self) -> None:
         """Forget what was planned; without a plan nothing happens."""
@@ -55,6 +59,8 @@ class ShrinkRequest:
     waits_for: int = -1
     """The last step whose end can still make room."""
     waits: int = 0
+    moved: int = 0
+    """Blocks that the steps so far have moved."""
     outcome: Resized | PipeliveError | None = None
 
 

@@ -69,6 +69,7 @@ class StageService:
                 return self._observe()
             case AwaitResize():
                 self._await_resize(request.resize, request.timeout)
+                self._stage.background.run(self._stage.pool.reclaim)
                 return Done()
             case AwaitStep():
                 self._stage.wait_until(

@@ -216,7 +216,7 @@ class Stage:
         if self._epoch < 0:
             self._join(stamp)
         elif stamp.resize != self._resize:
-            self._apply_resize(stamp)
+            self._apply_resize(stamp, stream)
         if stamp.epoch != self._epoch:
             self._activate(stamp)
         self.tracker.open(stamp.seq)
@@ -295,13 +295,14 @@ class Stage:
             self.fence(stamp.aborted)
             self.lock.notify_all()
 
-    def _apply_resize(self, stamp: Stamp) -> None:
+    def _apply_resize(self, stamp: Stamp, stream: Any) -> None:
         if stamp.resize != self._resize + 1:
             raise ProtocolError(
                 f"stage {self.pp_rank} got resize {stamp.resize}, expected {self._resize + 1}"
             )
         moves = dict(stamp.moves)
-        self.pool.shrink(stamp.capacity, live=moves, moves=moves)
+        # The pages go when the coordinator asks whether this was done, beside the steps.
+        self.pool.shrink(stamp.capacity, live=moves, moves=moves, stream=stream, reclaim=False)
         with self.lock:
             self._resize = stamp.resize
             self.lock.notify_all()

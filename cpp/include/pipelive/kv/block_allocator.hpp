@@ -96,7 +96,9 @@ class BlockAllocator {
   /// Replaces a plan made before; planning the same capacity again succeeds.
   [[nodiscard]] std::vector<IdMove> plan_shrink(std::int64_t capacity);
 
-  /// Carries the planned shrink out; `moves` must be the plan's, in any order. A target takes over
+  /// Carries the planned shrink out, or its upper part: `capacity` is the planned one or higher, up
+  /// to the present one, and `moves` must be those of the plan from ids at or above it, in any
+  /// order. What the plan has beyond is dropped. A target takes over
   /// the references of its source.
   ///
   /// Without `after_seq`: no step is in flight; throws Error(busy) while an id at or above

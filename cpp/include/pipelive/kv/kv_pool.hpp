@@ -42,7 +42,8 @@ struct KVPoolStats {
   std::uint64_t capacity = 0;
   std::uint64_t max_blocks = 0;
   std::uint32_t layers_held = 0;
-  std::uint64_t held_bytes = 0;      ///< physical memory behind blocks, scratch page included
+  std::uint64_t held_bytes = 0;      ///< physical memory behind blocks, scratch page included, and
+                                     ///< what reclaim() would take away
   std::uint64_t resident_bytes = 0;  ///< capacity * held layers * block bytes
 };
 
@@ -53,8 +54,8 @@ struct KVPoolStats {
 /// of all live blocks are as before (blocks that were the target of a move may differ: they held
 /// nothing). Thread-safe; views may be used at any time while their blocks are resident.
 ///
-/// Taking memory away (shrink, drop_layers, close) waits for the host operations that hold a
-/// Residency::Use, for the events it is given, and for the work that the streams noted with
+/// Taking memory away (shrink, reclaim, drop_layers, close) waits for the host operations that hold
+/// a Residency::Use, for the events it is given, and for the work that the streams noted with
 /// Residency::note_stream (and the device's implicit ones) have been given before the call. It
 /// fails with Error(busy) while one of these streams is being captured into a graph. Blocks that
 /// are to go count as not resident while it waits; blocks that stay may be used all the time. All
@@ -119,6 +120,13 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   void shrink(std::uint64_t capacity, std::span<const std::uint64_t> live,
               std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after = {},
               Stream stream = {});
+  /// As shrink, but leaves the pages where they are and waits for nobody who uses them: what has to
+  /// come between two steps. reclaim() does the rest.
+  void lower(std::uint64_t capacity, std::span<const std::uint64_t> live,
+             std::span<const BlockMove> moves, Stream stream = {});
+  /// Takes away the pages that calls of lower() have left behind the capacity; without them it does
+  /// nothing. Where it throws, it may be called again. grow and add_layers do so first.
+  void reclaim();
   /// Copies blocks in all held layers. Ids are resident, not 0, and named only once.
   void move_blocks(std::span<const BlockMove> moves, Stream stream = {});
 
@@ -138,6 +146,9 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   [[nodiscard]] bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
 
  private:
+  // How long a resize waits for host operations and events that still use what is to go.
+  static constexpr double kFenceSeconds = 30.0;
+
   KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPoolOptions& options);
   struct Mapped {
     Arena* arena;
@@ -156,6 +167,11 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   void check_moves(std::span<const BlockMove> moves, std::uint64_t target_limit) const;
   void check_live(std::uint64_t capacity, std::span<const std::uint64_t> live,
                   std::span<const BlockMove> moves) const;
+  void lower_locked(std::uint64_t capacity, std::span<const std::uint64_t> live,
+                    std::span<const BlockMove> moves, std::span<const std::shared_ptr<Event>> after,
+                    Stream stream, Deadline deadline);
+  void reclaim_locked(Stream stream, Deadline deadline);
+  void set_mapped_locked(std::uint64_t blocks) noexcept;
   void copy_blocks_locked(std::span<const BlockMove> moves, Stream stream);
   [[nodiscard]] std::vector<Stream> users() const;
   void order_after_users(Stream stream) const;
@@ -175,6 +191,7 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   const HolePolicy holes_;
   const std::shared_ptr<PagePool> pages_;
   std::shared_ptr<ScratchPage> scratch_;
+  std::shared_ptr<Event> moved_;  ///< of the last copies from where reclaim() takes pages away
   std::vector<std::unique_ptr<Arena>> arenas_;  ///< one per stack
 
   // A change may take long (pages are created, operations waited for), so what others ask about
@@ -183,7 +200,8 @@ class KVPool final : public BlockMemory, public std::enable_shared_from_this<KVP
   mutable std::mutex state_mutex_;
   std::vector<bool> held_;  ///< per stack
   std::atomic<std::uint64_t> capacity_;
-  std::string broken_;  ///< why nothing works any more: a failure whose undoing failed too
+  std::uint64_t mapped_;  ///< ids below have pages in every stack held; the capacity or more
+  std::string broken_;    ///< why nothing works any more: a failure whose undoing failed too
   std::atomic<bool> closed_{false};
   Residency residency_;
 };

@@ -19,6 +19,9 @@ from pipelive_kv.errors import BusyError, InvalidArgumentError, PipeliveError
 from pipelive_kv.placement import Placement
 from pipelive_kv.scheduler import Scheduler
 
+_MOVED_BYTES_PER_STEP = 32 << 20
+"""Bytes that a rank copies at most, where blocks move, before it runs a step: some milliseconds."""
+
 
 class CoreState:
     """What an ``EngineCore`` holds for the plugin."""
@@ -46,12 +49,16 @@ class CoreState:
             record_dir=Path(record_dir),
         )
         endpoint = self._coordinator.endpoint
-        self._scheduler = Scheduler(
-            Placement.from_counts(counts), allocator=self._blocks, control=endpoint
-        )
         self.jobs = Jobs()
         self.memory = core.model_executor.collective_rpc(
             partial(start_stage, address=endpoint.address, key=key.to_bytes(), counts=counts)
+        )
+        block_bytes = max(held["kv_bytes"] / held["capacity"] for held in self.memory)
+        self._scheduler = Scheduler(
+            Placement.from_counts(counts),
+            allocator=self._blocks,
+            control=endpoint,
+            moves_per_step=max(1, int(_MOVED_BYTES_PER_STEP / block_bytes)),
         )
         self._coordinator.await_ready(timeout=30)
         self._join_scheduler(core.scheduler)
