@@ -45,13 +45,19 @@ BatchCopier::BatchCopier(std::shared_ptr<const PrimaryContext> context,
     : context_(std::move(context)), events_(std::move(events)), images_(std::move(images)) {}
 
 BatchCopier::~BatchCopier() {
-  for (const auto& table : tables_) {
+  // What does not come to an end, or cannot be asked, keeps what it reads.
+  const Deadline deadline = Deadline::after_seconds(kEndSeconds);
+  for (auto& table : tables_) {
     try {
-      if (table->last_use == nullptr) continue;
-      table->last_use->wait(Deadline::after_seconds(kEndSeconds));
+      if (table->last_use != nullptr) {
+        table->last_use->wait(deadline);
+        continue;
+      }
     } catch (const Error&) {
-      // What does not come to an end is not waited for.
+      // Below.
     }
+    static_cast<void>(table.release());
+    static_cast<void>(kernels_.release());
   }
   try {
     const CallScope scope(*context_);
