@@ -44,8 +44,9 @@ struct PatchRegion {
 /// The target's end of a migration session: checks everything that arrives and writes it to live
 /// memory under the rules of epoch and generation.
 ///
-/// `run` is the only thing that writes, in its callers' threads, and only under a lock that `cancel`
-/// and `set_capacity` take too: when either has returned, nothing is written that it forbids.
+/// `run` is the only thing that writes, in its callers' threads, and only under a lock that
+/// `cancel` and `set_capacity` take too: when either has returned, nothing is written that it
+/// forbids.
 ///
 /// A message is checked as a whole before its first byte is written. A record never overwrites a
 /// slot that holds a newer generation, whatever order messages come in; a message that comes twice
