@@ -9,8 +9,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
+#include <chrono>
 #include <climits>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -78,7 +80,9 @@ struct Comm {
   std::string directory;
   int rank = 0;
   int ranks = 0;
-  std::thread::id owner;
+  int device = -1;        // that the thread which made it had entered
+  std::thread::id owner;  // the one that issues and polls: whoever does first
+  bool ending = false;
   bool up = false;
   int error = success;
   std::size_t pending = 0;
@@ -88,6 +92,7 @@ struct Comm {
 
 struct World {
   std::mutex mutex;
+  std::condition_variable changed;
   std::set<Comm*> comms;
   // Of each issuing thread, in the order of issue.
   std::map<std::thread::id, std::deque<Operation>> queues;
@@ -96,6 +101,9 @@ struct World {
   std::map<std::string, int> counts;
   std::string last_error;
 };
+
+// Stands for cudaSetDevice; -1 where nothing was entered.
+thread_local int entered = -1;
 
 World& world() {
   static World* const instance = [] {
@@ -142,14 +150,39 @@ void write_file(const std::string& path, const std::byte* data, std::size_t byte
 
 Comm* known(World& w, void* handle, const char* call, Result& result) {
   auto* const comm = static_cast<Comm*>(handle);
-  if (!w.comms.contains(comm)) {
+  if (!w.comms.contains(comm) || comm->ending) {
     result = violation(w, std::string(call) + " on a communicator that is not there");
     return nullptr;
   }
-  if (comm->owner != std::this_thread::get_id()) {
-    result = violation(w, std::string(call) + " from another thread than the one that made it");
+  if (comm->device != entered) {
+    result = violation(w, std::string(call) + " on another device than the communicator's");
   }
   return comm;
+}
+
+// For the calls that one thread has to make.
+Comm* owned(World& w, void* handle, const char* call, Result& result) {
+  Comm* const comm = known(w, handle, call, result);
+  if (comm == nullptr) return nullptr;
+  if (comm->owner == std::thread::id{}) comm->owner = std::this_thread::get_id();
+  if (comm->owner != std::this_thread::get_id()) {
+    result = violation(w, std::string(call) + " from another thread than the one that polls");
+  }
+  return comm;
+}
+
+// What cudaFree, cudaFreeHost and cudaHostAlloc do: they wait for all that runs on the device.
+void wait_for_device(World& w, std::unique_lock<std::mutex>& lock, const Comm* self, int device,
+                     const char* call) {
+  const auto busy = [&] {
+    return device >= 0 && std::any_of(w.comms.begin(), w.comms.end(), [&](const Comm* other) {
+             return other != self && other->device == device && other->pending != 0;
+           });
+  };
+  // Bounded, so that a deadlock fails a test instead of hanging it.
+  if (!w.changed.wait_for(lock, std::chrono::seconds(10), [&] { return !busy(); })) {
+    violation(w, std::string(call) + " waited for the device for ever");
+  }
 }
 
 // One step of the oldest operation of this thread; true where it is complete.
@@ -193,6 +226,7 @@ void progress(World& w) {
       queue[i].comm->pending -= 1;
       queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
       w.counts["operations"] += 1;
+      w.changed.notify_all();
     } else {
       ++i;
     }
@@ -203,7 +237,7 @@ int issue(bool is_send, void* data, std::size_t count, int type, int peer, void*
   World& w = world();
   const std::lock_guard lock(w.mutex);
   Result result = success;
-  Comm* const comm = known(w, handle, is_send ? "ncclSend" : "ncclRecv", result);
+  Comm* const comm = owned(w, handle, is_send ? "ncclSend" : "ncclRecv", result);
   if (comm == nullptr || result != success) return result;
   const int group = w.groups[comm->owner];
   if (!comm->up) return violation(w, "a transfer before the communicator is up");
@@ -232,18 +266,31 @@ int issue(bool is_send, void* data, std::size_t count, int type, int peer, void*
 
 // -- what tests set and read ------------------------------------------------------------------
 
-/// stall, stall_init, fail_init, fail_issue, async_error (a result), version, slow_abort_ms.
+/// stall, stall_init, fail_init, fail_issue, async_error (a result), version;
+/// fail_init_rank and fail_first_rank: a rank, counted from 1, that fails to come up, or at its
+/// first operation; hold_abort: while set, ncclCommAbort does not return.
 FAKE_EXPORT void fake_nccl_set(const char* name, int value) {
   World& w = world();
   const std::lock_guard lock(w.mutex);
   w.settings[name] = value;
+  w.changed.notify_all();
 }
 
-/// violations, operations, made, aborted; alive.
+/// The calling thread works on that device from now on; -1: on none that is known.
+FAKE_EXPORT void fake_nccl_enter(int device) {
+  entered = device;
+}
+
+/// violations, operations, made, aborting, aborted; alive, pending.
 FAKE_EXPORT int fake_nccl_count(const char* name) {
   World& w = world();
   const std::lock_guard lock(w.mutex);
   if (std::string(name) == "alive") return static_cast<int>(w.comms.size());
+  if (std::string(name) == "pending") {
+    std::size_t all = 0;
+    for (const Comm* comm : w.comms) all += comm->pending;
+    return static_cast<int>(all);
+  }
   return w.counts[name];
 }
 
@@ -292,7 +339,7 @@ FAKE_EXPORT int ncclGetUniqueId(UniqueId* id) {
 FAKE_EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, UniqueId id, int rank,
                                        Config* given) {
   World& w = world();
-  const std::lock_guard lock(w.mutex);
+  std::unique_lock lock(w.mutex);
   *comm = nullptr;
   Config config{};
   config.comm_name = nullptr;
@@ -308,16 +355,22 @@ FAKE_EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, UniqueId id, int 
   }
   if (config.version < 21400 || config.version > 22703 + 10000) violation(w, "config version");
   if (config.blocking != 0) violation(w, "a communicator that blocks");
-  for (const int field : {config.cga_cluster_size, config.min_ctas, config.split_share}) {
+  for (const int field : {config.cga_cluster_size, config.split_share}) {
     if (field != INT_MIN) violation(w, "a config field that should be undefined");
   }
+  if (config.min_ctas < 1 || config.max_ctas < config.min_ctas || config.max_ctas > 64) {
+    violation(w, "CTAs that are not 1 <= least <= most <= 64");
+  }
   if (rank < 0 || rank >= ranks) return invalid_argument;
-  if (w.settings["fail_init"] != 0) return system_error;
+  wait_for_device(w, lock, nullptr, entered, "ncclCommInitRankConfig");
+  if (w.settings["fail_init"] != 0 || w.settings["fail_init_rank"] == rank + 1) {
+    return system_error;
+  }
   auto* const made = new Comm();
   made->directory = id.internal;
   made->rank = rank;
   made->ranks = ranks;
-  made->owner = std::this_thread::get_id();
+  made->device = entered;
   write_file(made->directory + "/rank-" + std::to_string(rank), nullptr, 0);
   w.comms.insert(made);
   w.counts["made"] += 1;
@@ -329,7 +382,7 @@ FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
   World& w = world();
   const std::lock_guard lock(w.mutex);
   Result result = success;
-  Comm* const comm = known(w, handle, "ncclCommGetAsyncError", result);
+  Comm* const comm = owned(w, handle, "ncclCommGetAsyncError", result);
   if (comm == nullptr) return result;
   if (!comm->up) {
     bool all = w.settings["stall_init"] == 0;
@@ -343,6 +396,10 @@ FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
   if (w.settings["async_error"] != 0 && comm->pending != 0) {
     comm->error = w.settings["async_error"];
   }
+  // The connection to a peer is made by the first transfer, so only that shows what is wrong.
+  if (w.settings["fail_first_rank"] == comm->rank + 1 && comm->pending != 0) {
+    comm->error = system_error;
+  }
   if (comm->error == success) progress(w);
   *state = comm->error != success ? comm->error : comm->pending != 0 ? in_progress : success;
   return success;
@@ -351,21 +408,23 @@ FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
 #ifndef PIPELIVE_FAKE_WITHOUT_ABORT
 FAKE_EXPORT int ncclCommAbort(void* handle) {
   World& w = world();
-  int pause = 0;
-  {
-    const std::lock_guard lock(w.mutex);
-    Result result = success;
-    Comm* const comm = known(w, handle, "ncclCommAbort", result);
-    if (comm == nullptr) return result;
-    for (auto& [thread, queue] : w.queues) {
-      std::erase_if(queue, [&](const Operation& op) { return op.comm == comm; });
-    }
-    w.comms.erase(comm);
-    w.counts["aborted"] += 1;
-    delete comm;
-    pause = w.settings["slow_abort_ms"];
+  std::unique_lock lock(w.mutex);
+  Result result = success;
+  Comm* const comm = known(w, handle, "ncclCommAbort", result);
+  if (comm == nullptr) return result;
+  comm->ending = true;
+  for (auto& [thread, queue] : w.queues) {
+    std::erase_if(queue, [&](const Operation& op) { return op.comm == comm; });
   }
-  if (pause != 0) usleep(static_cast<unsigned>(pause) * 1000);
+  comm->pending = 0;
+  w.counts["aborting"] += 1;
+  w.changed.notify_all();
+  wait_for_device(w, lock, comm, comm->device, "ncclCommAbort");
+  w.changed.wait_for(lock, std::chrono::seconds(10), [&] { return w.settings["hold_abort"] == 0; });
+  w.comms.erase(comm);
+  w.counts["aborted"] += 1;
+  delete comm;
+  w.changed.notify_all();
   return success;
 }
 #endif

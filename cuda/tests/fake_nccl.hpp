@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -19,7 +20,7 @@ class FakeNccl {
     set_ = reinterpret_cast<void (*)(const char*, int)>(dlsym(library_, "fake_nccl_set"));
     count_ = reinterpret_cast<int (*)(const char*)>(dlsym(library_, "fake_nccl_count"));
     for (const char* name : {"stall", "stall_init", "fail_init", "fail_issue", "async_error",
-                             "version", "slow_abort_ms"}) {
+                             "version", "fail_init_rank", "fail_first_rank", "hold_abort"}) {
       set(name, 0);
     }
     violations_ = count("violations");
@@ -41,13 +42,26 @@ inline std::shared_ptr<const Nccl> open_fake() {
   return Nccl::open(candidates);
 }
 
-/// A place for a rank whose device is plain memory; its issuing thread stands for a GPU.
+/// Of a GPU of its own, as far as the fake knows: its threads enter that.
+inline std::shared_ptr<NcclIssuer> make_issuer() {
+  static std::atomic<int> next{0};
+  return std::make_shared<NcclIssuer>([device = next++]() -> std::shared_ptr<void> {
+    void* const library = dlopen(PIPELIVE_FAKE_NCCL, RTLD_NOW | RTLD_LOCAL);
+    const auto enter = reinterpret_cast<void (*)(int)>(dlsym(library, "fake_nccl_enter"));
+    enter(device);
+    return {library, [enter](void* /*open*/) { enter(-1); }};
+  });
+}
+
+/// A place for a rank whose device is plain memory; its issuer stands for a GPU.
 inline NcclComm::Place host_place(std::shared_ptr<NcclIssuer> issuer = nullptr,
-                                  std::shared_ptr<Device> device = nullptr) {
+                                  std::shared_ptr<Device> device = nullptr,
+                                  std::shared_ptr<DeviceTurn> turn = nullptr) {
   NcclComm::Place place;
   place.nccl = open_fake();
-  place.issuer = issuer ? std::move(issuer) : std::make_shared<NcclIssuer>(nullptr);
+  place.issuer = issuer ? std::move(issuer) : make_issuer();
   place.device = device ? std::move(device) : std::make_shared<HostDevice>();
+  place.turn = std::move(turn);
   return place;
 }
 

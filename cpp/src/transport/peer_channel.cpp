@@ -134,7 +134,7 @@ void PeerChannel::do_release() {
     released.number = note.number;
     if (!link_.ended()) {
       try {
-        link_.send(released, Deadline::after(std::chrono::seconds(0)));
+        link_.send(released);
       } catch (const Error&) {
         // The link has ended; the next receive says why.
       }
