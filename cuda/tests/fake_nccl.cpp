@@ -5,11 +5,19 @@
 //
 // As on a device, the operations of one issuing thread run one after the other in the order of
 // their issue, and a send completes only when it has been received: communicators that are issued
-// in opposite orders at two ranks stall. Progress is made in ncclCommGetAsyncError.
+// in opposite orders at two ranks stall.
+//
+// As with the real one, a communicator is no longer in progress once its operation is in the
+// stream, some polls after the issue; when the bytes have moved, only the stream says: of the fake
+// driver, or one of the fake's own. Until then a receive buffer holds nothing of use, and a send
+// buffer is read at the end. Without a stream to ask, in progress means until the end.
+#include <dlfcn.h>
+#include <link.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <climits>
 #include <condition_variable>
@@ -74,6 +82,10 @@ struct Operation {
   std::uint64_t number = 0;
   bool written = false;
   struct Comm* comm = nullptr;
+  void* stream = nullptr;
+  std::uint64_t ticket = 0;
+  // Of the operation's place in a stream of the fake driver, which outlives the queue's.
+  std::shared_ptr<bool> done = std::make_shared<bool>(false);
 };
 
 struct Comm {
@@ -85,7 +97,8 @@ struct Comm {
   bool ending = false;
   bool up = false;
   int error = success;
-  std::size_t pending = 0;
+  std::size_t pending = 0;  // not complete
+  int polls = 0;            // until what was issued last is in the stream
   std::map<int, std::uint64_t> sent;
   std::map<int, std::uint64_t> received;
 };
@@ -97,6 +110,7 @@ struct World {
   // Of each issuing thread, in the order of issue.
   std::map<std::thread::id, std::deque<Operation>> queues;
   std::map<std::thread::id, int> groups;
+  std::uint64_t tickets = 0;
   std::map<std::string, int> settings;
   std::map<std::string, int> counts;
   std::string last_error;
@@ -195,12 +209,18 @@ bool advance(World& w, Operation& op) {
                            "-" + std::to_string(op.number);
   if (op.is_send) {
     if (!op.written) {
+      if (!exists(path + ".ready")) return false;
+      std::remove((path + ".ready").c_str());
       write_file(path, op.data, op.bytes);
       op.written = true;
     }
     if (!exists(path + ".done")) return false;
     std::remove((path + ".done").c_str());
     return true;
+  }
+  if (!op.written) {
+    write_file(path + ".ready", nullptr, 0);
+    op.written = true;
   }
   struct stat status{};
   if (stat(path.c_str(), &status) != 0) return false;
@@ -217,13 +237,13 @@ bool advance(World& w, Operation& op) {
   return true;
 }
 
-void progress(World& w) {
-  auto& queue = w.queues[std::this_thread::get_id()];
+void progress(World& w, std::deque<Operation>& queue) {
   // The two halves of a group run at once.
   for (std::size_t i = 0; i < queue.size() && i < 2;) {
     const bool alone = i == 0 || queue[0].comm == queue[i].comm;
     if (alone && advance(w, queue[i])) {
       queue[i].comm->pending -= 1;
+      *queue[i].done = true;
       queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
       w.counts["operations"] += 1;
       w.changed.notify_all();
@@ -233,7 +253,53 @@ void progress(World& w) {
   }
 }
 
-int issue(bool is_send, void* data, std::size_t count, int type, int peer, void* handle) {
+void progress(World& w) {
+  for (auto& [thread, queue] : w.queues) progress(w, queue);
+}
+
+// The fake driver's way to put work into a stream, where it is loaded.
+using Submit = int(void* stream, int (*work)(void*), void* data);
+Submit* driver_submit() {
+  static Submit* const found = [] {
+    std::string path;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, std::size_t, void* into) {
+          const std::string name = info->dlpi_name;
+          if (name.find("libpipelive_fake_driver.so") == std::string::npos) return 0;
+          *static_cast<std::string*>(into) = name;
+          return 1;
+        },
+        &path);
+    void* const library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Submit*>(dlsym(library, "fake_driver_submit"));
+  }();
+  return found;
+}
+
+// Streams of the fake's own; their number is their handle. Below those of a driver.
+constexpr std::uintptr_t kMostOwnStreams = 4096;
+bool is_own(const void* stream) {
+  const auto number = reinterpret_cast<std::uintptr_t>(stream);
+  return number != 0 && number < kMostOwnStreams;
+}
+
+// What waits in a stream of the fake driver for an operation.
+int operation_is_done(void* data) {
+  World& w = world();
+  const auto* const done = static_cast<std::shared_ptr<bool>*>(data);
+  bool over = false;
+  {
+    const std::lock_guard lock(w.mutex);
+    progress(w);
+    over = **done;
+  }
+  if (over) delete done;
+  return over ? 1 : 0;
+}
+
+int issue(bool is_send, void* data, std::size_t count, int type, int peer, void* handle,
+          void* stream) {
   World& w = world();
   const std::lock_guard lock(w.mutex);
   Result result = success;
@@ -242,7 +308,7 @@ int issue(bool is_send, void* data, std::size_t count, int type, int peer, void*
   const int group = w.groups[comm->owner];
   if (!comm->up) return violation(w, "a transfer before the communicator is up");
   if (comm->error != success) return violation(w, "a transfer after an error");
-  if (comm->pending != 0 && group == 0) {
+  if (comm->polls != 0 && group == 0) {
     return violation(w, "a transfer while the communicator is in progress");
   }
   if (data == nullptr || count == 0 || type != 1 || peer < 0 || peer >= comm->ranks) {
@@ -257,9 +323,14 @@ int issue(bool is_send, void* data, std::size_t count, int type, int peer, void*
   op.peer = peer;
   op.number = is_send ? comm->sent[peer]++ : comm->received[peer]++;
   op.comm = comm;
+  op.stream = stream;
+  op.ticket = ++w.tickets;
+  if (!is_send) std::memset(data, 0xee, count);
   comm->pending += 1;
+  comm->polls = 2;
   w.queues[comm->owner].push_back(op);
-  return group != 0 ? success : in_progress;
+  // Either may come back while the work is on its way into the stream.
+  return group != 0 || op.ticket % 2 == 0 ? success : in_progress;
 }
 
 }  // namespace
@@ -292,6 +363,30 @@ FAKE_EXPORT int fake_nccl_count(const char* name) {
     return static_cast<int>(all);
   }
   return w.counts[name];
+}
+
+/// A stream of the fake's own.
+FAKE_EXPORT void* fake_nccl_stream() {
+  static std::atomic<std::uintptr_t> next{1};
+  return reinterpret_cast<void*>(next++ % kMostOwnStreams);
+}
+
+/// Marks the end of what such a stream has been given so far, and whether that is done.
+FAKE_EXPORT std::uint64_t fake_nccl_record(void* /*stream*/) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  return w.tickets;
+}
+FAKE_EXPORT int fake_nccl_done(void* stream, std::uint64_t ticket) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  progress(w);
+  for (const auto& [thread, queue] : w.queues) {
+    for (const Operation& op : queue) {
+      if (op.stream == stream && op.ticket <= ticket) return 0;
+    }
+  }
+  return 1;
 }
 
 // -- the API ------------------------------------------------------------------------------------
@@ -380,7 +475,7 @@ FAKE_EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, UniqueId id, int 
 
 FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
   World& w = world();
-  const std::lock_guard lock(w.mutex);
+  std::unique_lock lock(w.mutex);
   Result result = success;
   Comm* const comm = owned(w, handle, "ncclCommGetAsyncError", result);
   if (comm == nullptr) return result;
@@ -400,8 +495,32 @@ FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
   if (w.settings["fail_first_rank"] == comm->rank + 1 && comm->pending != 0) {
     comm->error = system_error;
   }
-  if (comm->error == success) progress(w);
-  *state = comm->error != success ? comm->error : comm->pending != 0 ? in_progress : success;
+  if (comm->error != success) {
+    *state = comm->error;
+    return success;
+  }
+  // Copies of the shared flags, as the driver is asked without the lock: it asks back.
+  std::vector<std::pair<void*, std::shared_ptr<bool>>> launched;
+  bool waits = false;
+  if (comm->polls != 0 && --comm->polls == 0) {
+    for (const Operation& op : w.queues[comm->owner]) {
+      if (op.comm != comm) continue;
+      if (op.stream != nullptr && !is_own(op.stream) && driver_submit() != nullptr) {
+        launched.emplace_back(op.stream, op.done);
+      }
+    }
+  }
+  progress(w);
+  for (const Operation& op : w.queues[comm->owner]) {
+    const bool to_be_asked = is_own(op.stream) || (op.stream && driver_submit() != nullptr);
+    waits = waits || (op.comm == comm && !to_be_asked);
+  }
+  *state = comm->error != success ? comm->error : comm->polls != 0 || waits ? in_progress : success;
+  if (waits) comm->polls = std::max(comm->polls, 1);
+  lock.unlock();
+  for (auto& [stream, done] : launched) {
+    driver_submit()(stream, &operation_is_done, new std::shared_ptr<bool>(std::move(done)));
+  }
   return success;
 }
 
@@ -414,7 +533,11 @@ FAKE_EXPORT int ncclCommAbort(void* handle) {
   if (comm == nullptr) return result;
   comm->ending = true;
   for (auto& [thread, queue] : w.queues) {
-    std::erase_if(queue, [&](const Operation& op) { return op.comm == comm; });
+    std::erase_if(queue, [&](const Operation& op) {
+      if (op.comm != comm) return false;
+      *op.done = true;  // its kernel ends
+      return true;
+    });
   }
   comm->pending = 0;
   w.counts["aborting"] += 1;
@@ -430,13 +553,13 @@ FAKE_EXPORT int ncclCommAbort(void* handle) {
 #endif
 
 FAKE_EXPORT int ncclSend(const void* data, std::size_t count, int type, int peer, void* comm,
-                         void* /*stream*/) {
-  return issue(true, const_cast<void*>(data), count, type, peer, comm);
+                         void* stream) {
+  return issue(true, const_cast<void*>(data), count, type, peer, comm, stream);
 }
 
 FAKE_EXPORT int ncclRecv(void* data, std::size_t count, int type, int peer, void* comm,
-                         void* /*stream*/) {
-  return issue(false, data, count, type, peer, comm);
+                         void* stream) {
+  return issue(false, data, count, type, peer, comm, stream);
 }
 
 FAKE_EXPORT int ncclGroupStart() {

@@ -30,7 +30,7 @@ inline CommPair make_comms(NcclComm::Place a, NcclComm::Place b, Deadline deadli
 struct NcclEnd {
   std::shared_ptr<NcclIssuer> issuer = make_issuer();
   std::shared_ptr<DeviceTurn> turn = std::make_shared<DeviceTurn>();
-  std::shared_ptr<Device> device = std::make_shared<HostDevice>();
+  std::shared_ptr<StreamDevice> device = std::make_shared<StreamDevice>();
 };
 
 struct NcclPair {
