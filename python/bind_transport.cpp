@@ -143,10 +143,11 @@ void bind_staging(py::module_& m) {
       .def(py::init([](const std::shared_ptr<Device>& device, int fd, std::uint64_t offset,
                        std::size_t nbytes, std::size_t piece_bytes, std::uint32_t pieces) {
              const ExportedPages exported{UniqueFd(fd), offset, nbytes};
-             return made<PeerStaging>(*device, exported, StagingShape{piece_bytes, pieces});
+             return made<PeerStaging>(device, exported, StagingShape{piece_bytes, pieces});
            }),
            py::arg("device"), py::arg("fd"), py::arg("offset"), py::arg("nbytes"),
-           py::arg("piece_bytes"), py::arg("pieces"), Release());
+           py::arg("piece_bytes"), py::arg("pieces"), Release())
+      .def_property_readonly("writable", &PeerStaging::writable);
   m.def(
       "p2p_channel",
       [](std::shared_ptr<Channel> base, const std::shared_ptr<Device>& device,

@@ -41,6 +41,11 @@ NcclChannel::~NcclChannel() {
   close();
 }
 
+void NcclChannel::note_stream(Stream stream, std::shared_ptr<const void> owner) {
+  options_.out->users().note(stream, owner);
+  options_.in->users().note(stream, std::move(owner));
+}
+
 void NcclChannel::cancel() noexcept {
   link_.cancel();
   comm_.abort();

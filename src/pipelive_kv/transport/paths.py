@@ -292,6 +292,8 @@ def set_up_target(
                 link.send({"ok": False, "why": str(error)})
                 return _fall_back(setup, own, f"the target cannot map it: {error}")
             link.send({"ok": True})
+            if setup.peer.writable:
+                setup.why += "; this driver maps the source's staging writable"
             return setup
     finally:
         for fd in fds:

@@ -58,6 +58,7 @@ class NcclChannel final : public Channel {
   [[nodiscard]] std::size_t max_bulk_bytes() const noexcept override {
     return options_.out->shape().piece_bytes;
   }
+  void note_stream(Stream stream, std::shared_ptr<const void> owner) override;
   void cancel() noexcept override;
   void close() noexcept override;
 
