@@ -32,6 +32,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -80,6 +81,7 @@ struct Operation {
   std::size_t bytes = 0;
   int peer = 0;
   std::uint64_t number = 0;
+  bool launched = false;
   bool written = false;
   struct Comm* comm = nullptr;
   void* stream = nullptr;
@@ -201,7 +203,7 @@ void wait_for_device(World& w, std::unique_lock<std::mutex>& lock, const Comm* s
 
 // One step of the oldest operation of this thread; true where it is complete.
 bool advance(World& w, Operation& op) {
-  if (w.settings["stall"] != 0) return false;
+  if (!op.launched || w.settings["stall"] != 0) return false;
   Comm& comm = *op.comm;
   const int from = op.is_send ? comm.rank : op.peer;
   const int to = op.is_send ? op.peer : comm.rank;
@@ -501,22 +503,26 @@ FAKE_EXPORT int ncclCommGetAsyncError(void* handle, int* state) {
   }
   // Copies of the shared flags, as the driver is asked without the lock: it asks back.
   std::vector<std::pair<void*, std::shared_ptr<bool>>> launched;
-  bool waits = false;
+  const auto waits = [&] {
+    const auto& queue = w.queues[comm->owner];
+    return std::any_of(queue.begin(), queue.end(), [&](const Operation& op) {
+      const bool asked = is_own(op.stream) || (op.stream != nullptr && driver_submit() != nullptr);
+      return op.comm == comm && !asked;
+    });
+  };
   if (comm->polls != 0 && --comm->polls == 0) {
-    for (const Operation& op : w.queues[comm->owner]) {
-      if (op.comm != comm) continue;
+    for (Operation& op : w.queues[comm->owner]) {
+      if (op.comm != comm || std::exchange(op.launched, true)) continue;
       if (op.stream != nullptr && !is_own(op.stream) && driver_submit() != nullptr) {
         launched.emplace_back(op.stream, op.done);
       }
     }
   }
-  progress(w);
-  for (const Operation& op : w.queues[comm->owner]) {
-    const bool to_be_asked = is_own(op.stream) || (op.stream && driver_submit() != nullptr);
-    waits = waits || (op.comm == comm && !to_be_asked);
+  if (waits()) {
+    progress(w);
+    if (waits()) comm->polls = std::max(comm->polls, 1);
   }
-  *state = comm->error != success ? comm->error : comm->polls != 0 || waits ? in_progress : success;
-  if (waits) comm->polls = std::max(comm->polls, 1);
+  *state = comm->error != success ? comm->error : comm->polls != 0 ? in_progress : success;
   lock.unlock();
   for (auto& [stream, done] : launched) {
     driver_submit()(stream, &operation_is_done, new std::shared_ptr<bool>(std::move(done)));
