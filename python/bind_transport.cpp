@@ -1,9 +1,12 @@
+#include <poll.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -27,6 +30,33 @@ namespace pipelive::bindings {
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
+
+// An object whose end may wait, for a thread or for a device: where it is Python that lets the last
+// reference go, the other threads of Python go on meanwhile.
+template <typename T, typename... Arguments>
+std::shared_ptr<T> made(Arguments&&... arguments) {
+  return {new T(std::forward<Arguments>(arguments)...), [](T* object) {
+            if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
+              const py::gil_scoped_release release;
+              delete object;
+            } else {
+              delete object;
+            }
+          }};
+}
+
+// Whether the peer has said something over a socket, or hung up, which it does not do while all is
+// well. Nothing is read.
+cuda::NcclComm::Gone watch(int fd) {
+  if (fd < 0) return nullptr;
+  // A descriptor of its own: what watches may outlive the caller.
+  const auto own = std::make_shared<UniqueFd>(dup(fd));
+  if (own->get() < 0) throw_errno("dup", errno);
+  return [own] {
+    pollfd asked{own->get(), POLLIN | POLLRDHUP, 0};
+    return poll(&asked, 1, 0) > 0;
+  };
+}
 
 Deadline deadline_of(double timeout) {
   return Deadline::after_seconds(timeout > 0 ? std::min(timeout, 3e9) : 0.0);
@@ -86,10 +116,10 @@ cuda::NcclUniqueId id_from(const py::bytes& bytes) {
 void bind_staging(py::module_& m) {
   // The descriptor that export returns belongs to the caller.
   py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
-      .def(py::init([](std::shared_ptr<Device> device, std::size_t piece_bytes,
-                       std::uint32_t pieces) {
-             return std::make_shared<Staging>(std::move(device), StagingShape{piece_bytes, pieces});
-           }),
+      .def(py::init(
+               [](std::shared_ptr<Device> device, std::size_t piece_bytes, std::uint32_t pieces) {
+                 return made<Staging>(std::move(device), StagingShape{piece_bytes, pieces});
+               }),
            py::arg("device"), py::arg("piece_bytes"), py::arg("pieces"), Release())
       .def_property_readonly("piece_bytes", [](const Staging& s) { return s.shape().piece_bytes; })
       .def_property_readonly("pieces", [](const Staging& s) { return s.shape().pieces; })
@@ -113,11 +143,11 @@ void bind_staging(py::module_& m) {
       .def(py::init([](const std::shared_ptr<Device>& device, int fd, std::uint64_t offset,
                        std::size_t nbytes, std::size_t piece_bytes, std::uint32_t pieces) {
              const ExportedPages exported{UniqueFd(fd), offset, nbytes};
-             return std::make_shared<PeerStaging>(*device, exported,
-                                                  StagingShape{piece_bytes, pieces});
+             return made<PeerStaging>(device, exported, StagingShape{piece_bytes, pieces});
            }),
            py::arg("device"), py::arg("fd"), py::arg("offset"), py::arg("nbytes"),
-           py::arg("piece_bytes"), py::arg("pieces"), Release());
+           py::arg("piece_bytes"), py::arg("pieces"), Release())
+      .def_property_readonly("writable", &PeerStaging::writable);
   m.def(
       "p2p_channel",
       [](std::shared_ptr<Channel> base, const std::shared_ptr<Device>& device,
@@ -130,7 +160,7 @@ void bind_staging(py::module_& m) {
         options.stream_owner = std::move(lane.owner);
         options.own = std::move(own);
         options.peer = std::move(peer);
-        return std::make_shared<PeerChannel>(std::move(base), std::move(options));
+        return made<PeerChannel>(std::move(base), std::move(options));
       },
       py::arg("base"), py::arg("device"), py::arg("own"), py::arg("peer"), Release());
 }
@@ -164,7 +194,7 @@ void bind_nccl(py::module_& m) {
   py::class_<NcclComm, std::shared_ptr<NcclComm>>(m, "NcclComm")
       .def(py::init([](const std::vector<std::string>& candidates,
                        const std::shared_ptr<Device>& device, const py::bytes& unique_id, int rank,
-                       int ranks, double timeout) {
+                       int ranks, double timeout, int watch_fd) {
              const cuda::NcclUniqueId id = id_from(unique_id);
              const py::gil_scoped_release release;
              Lane lane = lane_of(device);
@@ -174,11 +204,19 @@ void bind_nccl(py::module_& m) {
              place.device = device;
              place.stream = lane.stream;
              place.stream_owner = std::move(lane.owner);
-             return std::make_shared<NcclComm>(std::move(place), id, rank, ranks,
-                                               deadline_of(timeout));
+             place.turn = cuda::DeviceTurn::of(device->info().name);
+             std::shared_ptr<cuda::NcclIssuer> issuer = place.issuer;
+             try {
+               return made<NcclComm>(std::move(place), id, rank, ranks, deadline_of(timeout),
+                                     watch(watch_fd));
+             } catch (const Error&) {
+               // The end of what was begun may take seconds, which who falls back does not have.
+               std::thread([last = std::move(issuer)]() mutable { last.reset(); }).detach();
+               throw;
+             }
            }),
            py::arg("candidates"), py::arg("device"), py::arg("unique_id"), py::arg("rank"),
-           py::arg("ranks"), py::arg("timeout"))
+           py::arg("ranks"), py::arg("timeout"), py::arg("watch_fd") = -1)
       .def(
           "exchange",
           [](NcclComm& comm, std::uintptr_t out, std::uintptr_t in, std::size_t nbytes, int peer,
@@ -188,20 +226,36 @@ void bind_nccl(py::module_& m) {
           },
           py::arg("out"), py::arg("into"), py::arg("nbytes"), py::arg("peer"), py::arg("timeout"),
           Release())
+      // Both ways at once, over the staging that will be used: NCCL connects at the first transfer.
+      .def(
+          "exchange_staging",
+          [](NcclComm& comm, const std::shared_ptr<Staging>& out,
+             const std::shared_ptr<Staging>& in, int peer, double timeout, int watch_fd) {
+            constexpr std::size_t kBytes = 4096;
+            const auto keep =
+                std::make_shared<std::pair<std::shared_ptr<Staging>, std::shared_ptr<Staging>>>(out,
+                                                                                                in);
+            comm.exchange(out->piece(0), in->piece(0), kBytes, peer, deadline_of(timeout), keep,
+                          watch(watch_fd));
+          },
+          py::arg("out"), py::arg("into"), py::arg("peer"), py::arg("timeout"), py::arg("watch_fd"),
+          Release())
       .def("abort", &NcclComm::abort, Release());
   m.def(
       "nccl_channel",
-      [](std::shared_ptr<Channel> base, std::shared_ptr<NcclComm> comm, std::size_t piece_bytes,
+      [](std::shared_ptr<Channel> base, std::shared_ptr<NcclComm> comm,
+         std::shared_ptr<Staging> out, std::shared_ptr<Staging> in,
          double transfer_limit) -> std::shared_ptr<Channel> {
         cuda::NcclChannel::Options options;
         options.turn = cuda::DeviceTurn::of(comm->device()->info().name);
         options.comm = std::move(comm);
-        options.piece_bytes = piece_bytes;
+        options.out = std::move(out);
+        options.in = std::move(in);
         options.transfer_limit =
             std::chrono::nanoseconds(static_cast<long long>(transfer_limit * 1e9));
-        return std::make_shared<cuda::NcclChannel>(std::move(base), std::move(options));
+        return made<cuda::NcclChannel>(std::move(base), std::move(options));
       },
-      py::arg("base"), py::arg("comm"), py::arg("piece_bytes"), py::arg("transfer_limit"),
+      py::arg("base"), py::arg("comm"), py::arg("out"), py::arg("into"), py::arg("transfer_limit"),
       Release());
 
   py::class_<cuda::DeviceTurn, std::shared_ptr<cuda::DeviceTurn>>(m, "DeviceTurn")
@@ -289,14 +343,14 @@ void bind_transport(py::module_& m) {
         options.progress_bytes = progress_bytes;
         options.progress_window =
             std::chrono::nanoseconds(static_cast<long long>(progress_window * 1e9));
-        return std::make_shared<TcpChannel>(UniqueFd(socket), options);
+        return made<TcpChannel>(UniqueFd(socket), options);
       },
       py::arg("socket"), py::arg("max_message_bytes"), py::arg("progress_bytes"),
       py::arg("progress_window"));
   m.def(
       "shm_channel",
       [](int socket, int memory, int side) -> std::shared_ptr<Channel> {
-        return std::make_shared<ShmChannel>(UniqueFd(socket), UniqueFd(memory), side);
+        return made<ShmChannel>(UniqueFd(socket), UniqueFd(memory), side);
       },
       py::arg("socket"), py::arg("memory"), py::arg("side"), Release());
   m.def(

@@ -77,6 +77,17 @@ class FakeCuda:
         """A handle; the stream is there until the next fresh driver."""
         return int(self.library.fake_driver_new_stream())
 
+    def hold_newest_stream(self) -> ctypes.c_void_p:
+        """Hold back what is given to the stream that was made last, until :meth:`let_go`."""
+        self.library.fake_driver_newest_stream.restype = ctypes.c_void_p
+        stream = ctypes.c_void_p(self.library.fake_driver_newest_stream())
+        self.library.fake_driver_hold(stream, 1)
+        return stream
+
+    def let_go(self, stream: ctypes.c_void_p) -> None:
+        """Do the work that was held back, and what comes."""
+        self.library.fake_driver_hold(stream, 0)
+
     def fail(self, call: str, result: int) -> None:
         self.library.fake_driver_fail(call.encode(), result)
 

@@ -21,7 +21,7 @@ struct Memory {
   std::shared_ptr<Staging> own = std::make_shared<Staging>(device, StagingShape{kPiece, kPieces});
   Staging theirs{device, StagingShape{kPiece, kPieces}};
   std::shared_ptr<const PeerStaging> peer =
-      std::make_shared<PeerStaging>(*device, theirs.export_memory(), theirs.shape());
+      std::make_shared<PeerStaging>(device, theirs.export_memory(), theirs.shape());
 };
 
 PeerChannel::Options options(const Memory& memory, std::uint8_t choice) {

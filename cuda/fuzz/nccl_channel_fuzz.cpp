@@ -38,7 +38,8 @@ struct Place {
     made.comm = std::make_shared<NcclComm>(nccl, nccl.nccl->unique_id(), 0, 2,
                                            Deadline::after(std::chrono::seconds(20)));
     made.turn = turn;
-    made.piece_bytes = kPiece;
+    made.out = std::make_shared<Staging>(nccl.device, StagingShape{kPiece, 1});
+    made.in = std::make_shared<Staging>(nccl.device, StagingShape{kPiece, 1});
     made.window_bytes = 2048;
     made.verdict_patience = kCall;
     return made;

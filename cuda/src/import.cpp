@@ -62,6 +62,8 @@ class CudaImportedPages final : public ImportedPages {
     return reinterpret_cast<std::byte*>(start_);
   }
   [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+  [[nodiscard]] bool writable() const noexcept override { return writable_; }
+  void set_writable() noexcept { writable_ = true; }
 
  private:
   const std::shared_ptr<const PrimaryContext> context_;
@@ -70,6 +72,7 @@ class CudaImportedPages final : public ImportedPages {
   DevicePointer start_ = 0;
   std::size_t bytes_ = 0;
   std::size_t mapped_ = 0;
+  bool writable_ = false;
 };
 
 }  // namespace
@@ -98,10 +101,11 @@ std::unique_ptr<ImportedPages> CudaDevice::import_run(std::span<const ExportedPa
       set_access(imported->start(), total, MemoryAccess::read);
       return imported;
     } catch (const Error&) {
-      // Not every driver knows read-only mappings.
+      // Not every driver knows read-only mappings; writable() tells.
     }
   }
   set_access(imported->start(), total, MemoryAccess::read_write);
+  imported->set_writable();
   return imported;
 }
 

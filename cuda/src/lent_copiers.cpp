@@ -16,6 +16,26 @@ struct Store {
   static constexpr std::size_t kMost = 4;  // of one context: two sessions in either direction
   std::mutex mutex;
   std::map<ContextHandle, std::vector<std::unique_ptr<CudaSlotCopier>>> copiers;
+  // Given back with work under way, after a timeout. To destroy one would wait for that work.
+  std::vector<std::unique_ptr<CudaSlotCopier>> busy;
+
+  // With the mutex held. What there is no room for goes into `excess`.
+  void keep(std::unique_ptr<CudaSlotCopier> copier,
+            std::vector<std::unique_ptr<CudaSlotCopier>>& excess) {
+    const auto kept = copiers.find(copier->context().handle());
+    const bool room = kept != copiers.end() && kept->second.size() < kMost;
+    (room ? kept->second : excess).push_back(std::move(copier));
+  }
+  void keep_idle(std::vector<std::unique_ptr<CudaSlotCopier>>& excess) {
+    for (std::size_t i = 0; i < busy.size();) {
+      if (!busy[i]->idle()) {
+        ++i;
+        continue;
+      }
+      keep(std::move(busy[i]), excess);
+      busy.erase(busy.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+  }
 };
 Store& store() {
   static auto& instance = *new Store;
@@ -27,10 +47,12 @@ Store& store() {
 std::shared_ptr<CudaSlotCopier> CudaSlotCopier::lend(
     const std::shared_ptr<const PrimaryContext>& context) {
   std::unique_ptr<CudaSlotCopier> copier;
+  std::vector<std::unique_ptr<CudaSlotCopier>> excess;  // destroyed without the lock
   {
     const std::lock_guard lock(store().mutex);
     auto& kept = store().copiers[context->handle()];
     kept.reserve(Store::kMost);  // so that giving back cannot fail
+    store().keep_idle(excess);
     if (!kept.empty()) {
       copier = std::move(kept.back());
       kept.pop_back();
@@ -38,17 +60,21 @@ std::shared_ptr<CudaSlotCopier> CudaSlotCopier::lend(
   }
   if (!copier) copier = std::make_unique<CudaSlotCopier>(context);
   return {copier.release(), [](CudaSlotCopier* lent) {
-            std::unique_ptr<CudaSlotCopier> back(lent);
+            std::vector<std::unique_ptr<CudaSlotCopier>> excess;
             const std::lock_guard lock(store().mutex);
-            const auto kept = store().copiers.find(back->context().handle());
-            if (kept == store().copiers.end() || kept->second.size() == Store::kMost) return;
-            kept->second.push_back(std::move(back));
+            store().keep_idle(excess);
+            if (lent->idle()) {
+              store().keep(std::unique_ptr<CudaSlotCopier>(lent), excess);
+            } else {
+              store().busy.emplace_back(lent);
+            }
           }};
 }
 
 void CudaSlotCopier::forget() {
   const std::lock_guard lock(store().mutex);
   store().copiers.clear();
+  store().busy.clear();
 }
 
 }  // namespace pipelive::cuda

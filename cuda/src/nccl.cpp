@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <cstdlib>
 #include <utility>
 
 #include "pipelive/base/error.hpp"
@@ -16,6 +17,14 @@ constexpr int kMode = RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE;
 std::string loader_message() {
   const char* message = dlerror();
   return message != nullptr ? message : "the loader gave no reason";
+}
+
+// NCCL lets its environment win over what a communicator is made with.
+void check_environment() {
+  const char* const value = std::getenv("NCCL_COMM_BLOCKING");
+  if (value == nullptr || std::strtoll(value, nullptr, 0) == 0) return;
+  throw Error(ErrorCode::device, "NCCL_COMM_BLOCKING is " + std::string(value) +
+                                     ": its calls would block, and could not be ended at a limit");
 }
 
 std::string_view name_of(NcclResult result) {
@@ -61,6 +70,7 @@ void Nccl::load(void* library, const std::string& name) {
 }
 
 std::shared_ptr<const Nccl> Nccl::open(std::span<const std::string> candidates) {
+  check_environment();
   std::string tried;
   const auto attempt = [&](const std::string& name, int mode,
                            const char* what) -> std::shared_ptr<const Nccl> {
@@ -99,6 +109,13 @@ std::string Nccl::describe(NcclResult result, std::string_view call, NcclCommHan
 void Nccl::check(NcclResult result, std::string_view call, NcclCommHandle comm) const {
   if (result == kNcclSuccess || result == kNcclInProgress) return;
   throw Error(ErrorCode::device, describe(result, call, comm));
+}
+
+void Nccl::check_transfer(NcclResult result, std::string_view call, NcclCommHandle comm) const {
+  if (result == kNcclRemoteError || result == kNcclSystemError || result == kNcclInternalError) {
+    throw Error(ErrorCode::closed, describe(result, call, comm));
+  }
+  check(result, call, comm);
 }
 
 NcclUniqueId Nccl::unique_id() const {

@@ -11,10 +11,6 @@ constexpr std::chrono::seconds kReleasePatience{30};
 constexpr std::chrono::microseconds kFirstPause{50};
 constexpr unsigned kMostDoublings = 3;  // pauses of up to 0.4 ms, less than a turn is left free
 
-Deadline later(Deadline a, Deadline b) {
-  return a.at() > b.at() ? a : b;
-}
-
 }  // namespace
 
 NcclChannel::NcclChannel(std::shared_ptr<Channel> base, Options options)
@@ -29,17 +25,25 @@ NcclChannel::NcclChannel(std::shared_ptr<Channel> base, Options options)
                                                        std::to_string(options_.comm->ranks()) +
                                                        " ranks, expected the two ends");
         }
+        if (!options_.out || !options_.in || options_.out == options_.in ||
+            options_.out->device() != options_.comm->device() ||
+            options_.in->device() != options_.comm->device()) {
+          throw Error(ErrorCode::invalid_argument,
+                      "a nccl channel needs staging for either direction on its device");
+        }
         return *options_.comm;
       }()),
-      out_staging_(
-          std::make_shared<Staging>(comm_.device(), StagingShape{options_.piece_bytes, 1})),
-      in_staging_(std::make_shared<Staging>(comm_.device(), StagingShape{options_.piece_bytes, 1})),
       jitter_(std::random_device()()),
       link_(std::move(base), options_.window_bytes, [this](const Note& note) { take_note(note); }) {
 }
 
 NcclChannel::~NcclChannel() {
   close();
+}
+
+void NcclChannel::note_stream(Stream stream, std::shared_ptr<const void> owner) {
+  options_.out->users().note(stream, owner);
+  options_.in->users().note(stream, std::move(owner));
 }
 
 void NcclChannel::cancel() noexcept {
@@ -115,7 +119,7 @@ Bulk NcclChannel::do_acquire_bulk(std::size_t bytes, Deadline /*deadline*/) {
   const std::unique_lock held = link_.lock();
   link_.check(held);
   lent_ = true;
-  return {out_staging_->piece(0), bytes, comm_.stream()};
+  return {options_.out->piece(0), bytes, comm_.stream()};
 }
 
 void NcclChannel::do_submit(std::size_t bytes, std::size_t bulk_bytes, Deadline deadline) {
@@ -156,7 +160,7 @@ void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadlin
     offered_attempt_ = note.attempt;
     answer_.reset();
     note.kind = Note::Kind::offer;
-    link_.send(held, note, deadline);
+    link_.send(held, note);
     if (!link_.wait(held, deadline, [&] { return answer_.has_value(); })) {
       held.unlock();
       fail(Error(ErrorCode::timeout, "the peer did not answer the offer of message " +
@@ -171,11 +175,11 @@ void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadlin
       if (options_.turn->try_take("a patch that is sent by NCCL")) {
         const TurnHeld turn(*options_.turn);
         note.kind = Note::Kind::go;
-        link_.send(held, note, deadline);
+        link_.send(held, note);
         held.unlock();
         try {
-          comm_.send(out_staging_->piece(0), bytes, peer(),
-                     Deadline::after(options_.transfer_limit), out_staging_,
+          comm_.send(options_.out->piece(0), bytes, peer(),
+                     Deadline::after(options_.transfer_limit), options_.out,
                      [this] { return link_.ended(); });
         } catch (const Error& error) {
           fail(error, "sending by NCCL");
@@ -183,7 +187,7 @@ void NcclChannel::push(std::uint64_t number, std::size_t bytes, Deadline deadlin
         return;
       }
       note.kind = Note::Kind::withdraw;
-      link_.send(held, note, deadline);
+      link_.send(held, note);
     }
     back_off(held, note.attempt, deadline);
     if (deadline.passed()) {
@@ -212,13 +216,14 @@ bool NcclChannel::pull(const Note& message, Deadline deadline) {
     }
     if (!options_.turn->try_take("a patch that is received by NCCL")) {
       note.kind = Note::Kind::reject;
-      link_.send(held, note, deadline);
+      link_.send(held, note);
       continue;
     }
     const TurnHeld turn(*options_.turn);
     note.kind = Note::Kind::accept;
-    link_.send(held, note, deadline);
-    if (!link_.wait(held, later(deadline, Deadline::after(options_.verdict_patience)),
+    link_.send(held, note);
+    // Not the caller's deadline, which may be a day: the engine waits for the turn meanwhile.
+    if (!link_.wait(held, Deadline::after(options_.verdict_patience),
                     [&] { return verdict_.has_value(); })) {
       held.unlock();
       fail(Error(ErrorCode::timeout, "the peer's offer was accepted, but it did not go on"),
@@ -233,8 +238,8 @@ bool NcclChannel::pull(const Note& message, Deadline deadline) {
     if (verdict.kind == Note::Kind::withdraw) continue;
     held.unlock();
     try {
-      comm_.receive(in_staging_->piece(0), message.bulk_bytes, peer(),
-                    Deadline::after(options_.transfer_limit), in_staging_,
+      comm_.receive(options_.in->piece(0), message.bulk_bytes, peer(),
+                    Deadline::after(options_.transfer_limit), options_.in,
                     [this] { return link_.ended(); });
     } catch (const Error& error) {
       fail(error, "receiving by NCCL");
@@ -248,11 +253,11 @@ std::optional<std::span<const std::byte>> NcclChannel::do_receive(Deadline deadl
   if (incoming == nullptr) return std::nullopt;
   const Note& note = incoming->note;
   if (note.bulk_bytes != 0) {
-    if (note.bulk_bytes > in_staging_->shape().piece_bytes || note.number != expected_number_) {
+    if (note.bulk_bytes > options_.in->shape().piece_bytes || note.number != expected_number_) {
       fail(Error(ErrorCode::protocol, "the peer announces " + std::to_string(note.bulk_bytes) +
                                           " bytes beside message " + std::to_string(note.number) +
                                           "; expected were " +
-                                          std::to_string(in_staging_->shape().piece_bytes) +
+                                          std::to_string(options_.in->shape().piece_bytes) +
                                           " at most beside " + std::to_string(expected_number_)),
            "receiving by NCCL");
     }
@@ -265,7 +270,7 @@ std::optional<std::span<const std::byte>> NcclChannel::do_receive(Deadline deadl
 
 Bulk NcclChannel::do_received_bulk() const {
   if (received_bytes_ == 0) return {};
-  return {in_staging_->piece(0), received_bytes_, comm_.stream()};
+  return {options_.in->piece(0), received_bytes_, comm_.stream()};
 }
 
 void NcclChannel::do_release() {

@@ -5,25 +5,35 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 
 namespace pipelive::cuda {
 namespace {
 
-// What a caller grants beyond its deadline so that the abort comes through.
-constexpr std::chrono::seconds kAbortPatience{3};
-// After an abort the kernels end by themselves; no longer than this their memory is waited for.
-constexpr std::chrono::seconds kDrainPatience{2};
+using std::chrono::microseconds;
+
+// What a caller grants beyond its deadline: the issuing thread may be inside of NCCL.
+constexpr std::chrono::seconds kIssuerPatience{5};
 // A peer that has completed its half may go before this end's half is complete.
 constexpr std::chrono::seconds kGoneGrace{1};
+// An end that came up first says so at once; one that failed does, too.
+constexpr std::chrono::seconds kUpGrace{3};
+// For the device's turn, to end a communicator that is idle.
+constexpr std::chrono::seconds kTurnPatience{3};
+// Where a look is not urgent.
+constexpr microseconds kSlowPause{1000};
 
 }  // namespace
 
-// Shared by the object and its jobs. `comm` belongs to the issuing thread alone.
+// Shared by the object, its jobs and the threads that NCCL may block.
 struct NcclComm::State {
   Place place;
-  NcclCommHandle comm = nullptr;
+  NcclIssuer::Enter enter;
+  NcclCommHandle comm = nullptr;  // of the issuing thread alone
   std::atomic<bool> abort_asked{false};
+  // NCCL has nothing of it any more: no memory, no thread, no kernel.
+  std::atomic<bool> gone{true};
 
   std::mutex mutex;  // guards all below
   std::condition_variable changed;
@@ -39,12 +49,34 @@ struct NcclComm::State {
     const std::lock_guard lock(mutex);
     if (failure) throw Error(*failure);
   }
-  // In the issuing thread.
-  void abort_comm() noexcept {
-    if (comm == nullptr) return;
+
+  // In a thread that may block. What is under way is what others wait for: it is ended at once. A
+  // communicator that is idle is ended with the turn in hand, where that can be had: what it waits
+  // for is then nothing of NCCL's.
+  void abort_comm(NcclCommHandle handle, bool idle) noexcept {
+    bool turn = false;
+    if (idle && place.turn) {
+      const Deadline patience = Deadline::after(kTurnPatience);
+      try {
+        while (!(turn = place.turn->try_take("an NCCL communicator that ends")) &&
+               !patience.passed()) {
+          std::this_thread::sleep_for(kSlowPause);
+        }
+      } catch (const std::exception&) {
+        // Out of memory for a name: without the turn, then.
+      }
+    }
     // Its result says nothing that could be acted upon; the handle is gone either way.
-    static_cast<void>(place.nccl->api().comm_abort(comm));
-    comm = nullptr;
+    static_cast<void>(place.nccl->api().comm_abort(handle));
+    if (turn) place.turn->give();
+    gone.store(true);
+  }
+  // In the issuing thread, which does not wait for it; `gone` tells.
+  static void let_go(const std::shared_ptr<State>& state, bool idle) noexcept {
+    if (state->comm == nullptr) return;
+    NcclIssuer::apart(state->enter, [state, handle = std::exchange(state->comm, nullptr), idle] {
+      state->abort_comm(handle, idle);
+    });
   }
 };
 
@@ -52,9 +84,10 @@ class NcclComm::AbortJob final : public NcclIssuer::Job {
  public:
   explicit AbortJob(std::shared_ptr<State> state) : state_(std::move(state)) {}
   bool step() noexcept override {
-    state_->abort_comm();
-    return true;
+    State::let_go(state_, true);
+    return state_->gone.load();
   }
+  [[nodiscard]] microseconds pause() const noexcept override { return kSlowPause; }
 
  private:
   std::shared_ptr<State> state_;
@@ -63,53 +96,115 @@ class NcclComm::AbortJob final : public NcclIssuer::Job {
 class NcclComm::InitJob final : public NcclIssuer::Job {
  public:
   InitJob(std::shared_ptr<State> state, const NcclUniqueId& id, int rank, int ranks,
-          Deadline deadline)
-      : state_(std::move(state)), id_(id), rank_(rank), ranks_(ranks), deadline_(deadline) {}
+          Deadline deadline, Gone gone)
+      : state_(std::move(state)),
+        id_(id),
+        rank_(rank),
+        ranks_(ranks),
+        deadline_(deadline),
+        gone_(std::move(gone)) {}
 
   bool step() noexcept override {
-    const Nccl& nccl = *state_->place.nccl;
+    if (failed_) return state_->gone.load();
     const std::string name =
         "NCCL communicator, rank " + std::to_string(rank_) + " of " + std::to_string(ranks_) + ": ";
     try {
-      NcclResult result = kNcclSuccess;
-      if (!started_) {
-        started_ = true;
-        NcclConfig config;
-        result = nccl.api().comm_init_rank_config(&state_->comm, ranks_, id_, rank_, &config);
-        nccl.check(result, "ncclCommInitRankConfig");
-      }
-      if (state_->abort_asked.load()) {
-        throw Error(ErrorCode::cancelled, "aborted while it came up");
-      }
-      nccl.check(nccl.api().comm_get_async_error(state_->comm, &result), "ncclCommGetAsyncError");
-      nccl.check(result, "ncclCommInitRankConfig", state_->comm);
-      if (result == kNcclInProgress) {
-        if (!deadline_.passed()) return false;
-        throw Error(ErrorCode::timeout,
-                    "it did not come up before the deadline; is every rank "
-                    "there, and can they reach each other?");
-      }
+      if (!is_up()) return false;
       const std::lock_guard lock(state_->mutex);
       state_->ready = true;
       state_->changed.notify_all();
       return true;
     } catch (const Error& error) {
-      state_->abort_comm();
-      state_->fail(Error(error.code(), name + error.what()));
+      return give_up(Error(error.code(), name + error.what()));
     } catch (const std::exception& error) {
-      state_->abort_comm();
-      state_->fail(Error(ErrorCode::out_of_memory, name + error.what()));
+      return give_up(Error(ErrorCode::out_of_memory, name + error.what()));
     }
-    return true;
   }
+  [[nodiscard]] microseconds pause() const noexcept override { return kSlowPause; }
 
  private:
+  // Of the first call, which blocks.
+  struct Start {
+    std::mutex mutex;
+    bool returned = false;
+    bool abandoned = false;  // nobody looks any more: what it has made is aborted at once
+    NcclResult result = kNcclSuccess;
+    NcclCommHandle comm = nullptr;
+  };
+
+  void begin() {
+    start_ = std::make_shared<Start>();
+    state_->gone.store(false);
+    NcclIssuer::apart(
+        state_->enter, [state = state_, start = start_, id = id_, rank = rank_, ranks = ranks_] {
+          NcclConfig config;
+          NcclCommHandle comm = nullptr;
+          const NcclResult result =
+              state->place.nccl->api().comm_init_rank_config(&comm, ranks, id, rank, &config);
+          {
+            const std::lock_guard lock(start->mutex);
+            start->returned = true;
+            start->result = result;
+            start->comm = comm;
+            if (comm == nullptr) state->gone.store(true);
+            if (comm == nullptr || !start->abandoned) return;
+          }
+          state->abort_comm(comm, true);
+        });
+  }
+
+  bool is_up() {
+    const Nccl& nccl = *state_->place.nccl;
+    if (!start_) begin();
+    NcclResult result = kNcclInProgress;
+    if (!begun_) {
+      const std::lock_guard lock(start_->mutex);
+      if (start_->returned) {
+        begun_ = true;
+        state_->comm = std::exchange(start_->comm, nullptr);
+      }
+    }
+    if (begun_) nccl.check(start_->result, "ncclCommInitRankConfig", state_->comm);
+    if (state_->abort_asked.load()) throw Error(ErrorCode::cancelled, "aborted while it came up");
+    if (begun_) {
+      nccl.check(nccl.api().comm_get_async_error(state_->comm, &result), "ncclCommGetAsyncError");
+      nccl.check(result, "ncclCommInitRankConfig", state_->comm);
+      if (result != kNcclInProgress) return true;
+    }
+    if (gone_ && !gone_at_ && gone_()) gone_at_ = Deadline::after(kUpGrace);
+    if (gone_at_ && gone_at_->passed()) {
+      throw Error(ErrorCode::closed, "the other end has gone, or has given it up");
+    }
+    if (!deadline_.passed()) return false;
+    throw Error(ErrorCode::timeout,
+                begun_ ? "it did not come up before the deadline; is every rank there, and can "
+                         "they reach each other?"
+                       : "NCCL did not begin before the deadline; it waits for what runs on the "
+                         "device");
+  }
+
+  bool give_up(const Error& error) noexcept {
+    failed_ = true;
+    if (start_) {
+      const std::lock_guard lock(start_->mutex);
+      start_->abandoned = true;
+      if (!begun_ && start_->returned) state_->comm = std::exchange(start_->comm, nullptr);
+    }
+    State::let_go(state_, true);
+    state_->fail(error);
+    return state_->gone.load();
+  }
+
   std::shared_ptr<State> state_;
   NcclUniqueId id_;
   int rank_;
   int ranks_;
   Deadline deadline_;
-  bool started_ = false;
+  Gone gone_;
+  std::optional<Deadline> gone_at_;
+  std::shared_ptr<Start> start_;
+  bool begun_ = false;
+  bool failed_ = false;
 };
 
 class NcclComm::TransferJob final : public NcclIssuer::Job {
@@ -127,19 +222,23 @@ class NcclComm::TransferJob final : public NcclIssuer::Job {
 
   bool step() noexcept override {
     try {
-      if (drain_until_) return drained();
+      if (failed_) return drained();
       if (!issued_) {
         issue();
         issued_ = true;
       }
       if (!completed()) return false;
-      finish(std::nullopt);
+      tell();
       return true;
     } catch (const Error& error) {
       return give_up(Error(error.code(), name() + error.what()));
     } catch (const std::exception& error) {
       return give_up(Error(ErrorCode::out_of_memory, name() + error.what()));
     }
+  }
+
+  [[nodiscard]] microseconds pause() const noexcept override {
+    return failed_ ? kSlowPause : Job::pause();
   }
 
   // Guarded by the state's mutex.
@@ -160,7 +259,8 @@ class NcclComm::TransferJob final : public NcclIssuer::Job {
     const NcclApi& api = nccl.api();
     void* const stream = state_->place.stream.handle;
     const bool group = out_ != nullptr && in_ != nullptr;
-    if (group) nccl.check(api.group_start(), "ncclGroupStart");
+    begun_ = true;
+    if (group) nccl.check_transfer(api.group_start(), "ncclGroupStart");
     NcclResult result = kNcclSuccess;
     std::string_view call = "ncclSend";
     if (out_ != nullptr) result = api.send(out_, bytes_, kNcclUint8, peer_, state_->comm, stream);
@@ -170,17 +270,19 @@ class NcclComm::TransferJob final : public NcclIssuer::Job {
     }
     // A group that was opened is closed whatever happened inside.
     const NcclResult end = group ? api.group_end() : kNcclSuccess;
-    nccl.check(result, call, state_->comm);
-    nccl.check(end, "ncclGroupEnd", state_->comm);
+    nccl.check_transfer(result, call, state_->comm);
+    nccl.check_transfer(end, "ncclGroupEnd", state_->comm);
   }
 
   bool completed() {
     if (state_->abort_asked.load())
       throw Error(ErrorCode::cancelled, "the communicator was aborted");
+    state_->check();  // another transfer's failure has ended the communicator
     const Nccl& nccl = *state_->place.nccl;
     NcclResult result = kNcclSuccess;
-    nccl.check(nccl.api().comm_get_async_error(state_->comm, &result), "ncclCommGetAsyncError");
-    nccl.check(result, "asynchronous error", state_->comm);
+    nccl.check_transfer(nccl.api().comm_get_async_error(state_->comm, &result),
+                        "ncclCommGetAsyncError");
+    nccl.check_transfer(result, "asynchronous error", state_->comm);
     if (result == kNcclSuccess) {
       // Only now is it in the stream.
       if (!event_) event_ = state_->place.device->record(state_->place.stream);
@@ -199,35 +301,29 @@ class NcclComm::TransferJob final : public NcclIssuer::Job {
     return false;
   }
 
+  // The caller is told now; the job goes on, and holds the memory, until NCCL has let go.
   bool give_up(const Error& error) noexcept {
     state_->fail(error);
-    const bool was_up = state_->comm != nullptr;
-    state_->abort_comm();
-    if (!was_up || !issued_) {
-      finish(error);
-      return true;
-    }
-    failure_ = error;
-    drain_until_ = Deadline::after(kDrainPatience);
+    failed_ = true;
+    tell();
+    State::let_go(state_, !begun_);
     return drained();
   }
 
-  // The aborted kernels end by themselves; until then they may touch the memory.
   bool drained() noexcept {
-    bool over = drain_until_->passed();
+    if (!begun_) return true;
+    if (!state_->gone.load()) return false;
     try {
-      if (!event_) event_ = state_->place.device->record(state_->place.stream);
-      over = event_->done() || over;
+      // Aborted kernels end by themselves, but only the stream says when.
+      if (!drained_) drained_ = state_->place.device->record(state_->place.stream);
+      return drained_->done();
     } catch (const std::exception&) {
-      over = true;  // nothing runs on a device that has failed
+      return true;  // nothing runs on a device that has failed
     }
-    if (over) finish(failure_);
-    return over;
   }
 
-  void finish(std::optional<Error> failure) noexcept {
+  void tell() noexcept {
     const std::lock_guard lock(state_->mutex);
-    if (failure && !state_->failure) state_->failure = std::move(failure);
     done = true;
     state_->changed.notify_all();
   }
@@ -240,24 +336,27 @@ class NcclComm::TransferJob final : public NcclIssuer::Job {
   Deadline deadline_;
   std::shared_ptr<const void> keep_;
   Gone gone_;
-  bool issued_ = false;
+  bool begun_ = false;   // something of it may be in the stream
+  bool issued_ = false;  // all of it is
+  bool failed_ = false;
   std::shared_ptr<Event> event_;
+  std::shared_ptr<Event> drained_;
   std::optional<Deadline> gone_at_;
-  std::optional<Deadline> drain_until_;
-  std::optional<Error> failure_;
 };
 
-NcclComm::NcclComm(Place place, const NcclUniqueId& id, int rank, int ranks, Deadline deadline)
+NcclComm::NcclComm(Place place, const NcclUniqueId& id, int rank, int ranks, Deadline deadline,
+                   Gone gone)
     : rank_(rank), ranks_(ranks), state_(std::make_shared<State>()) {
   if (ranks < 1 || rank < 0 || rank >= ranks) {
     throw Error(ErrorCode::invalid_argument,
                 "rank is " + std::to_string(rank) + " of " + std::to_string(ranks) + " ranks");
   }
   issuer_ = std::move(place.issuer);
+  state_->enter = issuer_->enter();
   state_->place = std::move(place);
-  issuer_->add(std::make_shared<InitJob>(state_, id, rank, ranks, deadline));
+  issuer_->add(std::make_shared<InitJob>(state_, id, rank, ranks, deadline, std::move(gone)));
   std::unique_lock lock(state_->mutex);
-  const auto until = deadline.at() + kAbortPatience;
+  const auto until = deadline.at() + kIssuerPatience;
   if (!state_->changed.wait_until(lock, until, [&] { return state_->ready || state_->failure; })) {
     state_->abort_asked.store(true);
     throw Error(ErrorCode::timeout, "NCCL communicator: the issuing thread did not come back " +
@@ -295,10 +394,10 @@ void NcclComm::transfer(const std::byte* out, std::byte* in, std::size_t bytes, 
                                                  std::move(keep), std::move(gone));
   issuer_->add(job);
   std::unique_lock lock(state_->mutex);
-  const auto until = deadline.at() + kAbortPatience + kDrainPatience;
+  const auto until = deadline.at() + kIssuerPatience;
   if (!state_->changed.wait_until(lock, until, [&] { return job->done; })) {
     const Error error(ErrorCode::timeout,
-                      job->name() + "NCCL did not come back from an abort; it is left behind");
+                      job->name() + "the issuing thread did not come back from NCCL");
     if (!state_->failure) state_->failure = error;
     throw error;
   }
@@ -316,8 +415,8 @@ void NcclComm::receive(std::byte* data, std::size_t bytes, int peer, Deadline de
 }
 
 void NcclComm::exchange(const std::byte* out, std::byte* in, std::size_t bytes, int peer,
-                        Deadline deadline) {
-  transfer(out, in, bytes, peer, deadline, nullptr, nullptr);
+                        Deadline deadline, std::shared_ptr<const void> keep, Gone gone) {
+  transfer(out, in, bytes, peer, deadline, std::move(keep), std::move(gone));
 }
 
 }  // namespace pipelive::cuda

@@ -1,14 +1,12 @@
 #include "pipelive/cuda/nccl_issuer.hpp"
 
-#include <chrono>
+#include <algorithm>
 #include <map>
 #include <utility>
 
 namespace pipelive::cuda {
 namespace {
 
-// Between two looks at jobs that are under way; about what a look costs.
-constexpr std::chrono::microseconds kPause{20};
 constexpr std::chrono::seconds kEndPatience{5};
 
 }  // namespace
@@ -26,8 +24,9 @@ std::shared_ptr<NcclIssuer> NcclIssuer::of(const std::string& device, const Ente
   return issuer;
 }
 
-NcclIssuer::NcclIssuer(Enter enter) : shared_(std::make_shared<Shared>()) {
-  thread_ = std::thread([shared = shared_, enter = std::move(enter)] { run(*shared, enter); });
+NcclIssuer::NcclIssuer(Enter enter)
+    : enter_(std::move(enter)), shared_(std::make_shared<Shared>()) {
+  thread_ = std::thread([shared = shared_, enter = enter_] { run(*shared, enter); });
   std::unique_lock lock(shared_->mutex);
   shared_->changed.wait(lock, [&] { return shared_->ready; });
   if (shared_->failure) {
@@ -58,6 +57,25 @@ void NcclIssuer::add(std::shared_ptr<Job> job) {
   shared_->changed.notify_all();
 }
 
+void NcclIssuer::apart(const Enter& enter, std::function<void()> work) {
+  try {
+    std::thread([enter, work]() mutable {
+      std::shared_ptr<void> kept;
+      try {
+        if (enter) kept = enter();
+      } catch (const std::exception&) {
+        // The device is broken; NCCL is told all the same, it has threads and sockets to end.
+      }
+      work();
+      work = nullptr;  // what it holds may need the scope to be given back
+    }).detach();
+    return;
+  } catch (const std::exception&) {
+    // No thread is to be had: better in this one than not at all.
+  }
+  work();
+}
+
 void NcclIssuer::run(Shared& shared, const Enter& enter) {
   std::shared_ptr<void> kept;
   try {
@@ -80,7 +98,10 @@ void NcclIssuer::run(Shared& shared, const Enter& enter) {
     lock.unlock();
     std::erase_if(jobs, [](const std::shared_ptr<Job>& job) { return job->step(); });
     lock.lock();
-    if (!jobs.empty() && shared.added.empty()) shared.changed.wait_for(lock, kPause);
+    if (jobs.empty() || !shared.added.empty()) continue;
+    std::chrono::microseconds pause = jobs.front()->pause();
+    for (const std::shared_ptr<Job>& job : jobs) pause = std::min(pause, job->pause());
+    shared.changed.wait_for(lock, pause);
   }
   lock.unlock();
   kept.reset();

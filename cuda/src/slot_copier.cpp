@@ -198,6 +198,14 @@ class CudaSlotCopier::Impl {
   }
 
   [[nodiscard]] StreamHandle stream() const noexcept { return stream_->handle(); }
+  [[nodiscard]] bool idle() const noexcept {
+    try {
+      const CallScope scope(context());
+      return driver().api().stream_query(stream_->handle()) != kNotReady;
+    } catch (const Error&) {
+      return true;  // the context is gone, and what ran in it
+    }
+  }
   [[nodiscard]] const PrimaryContext& context() const noexcept { return *kernels_->context(); }
 
  private:
@@ -245,7 +253,8 @@ class CudaSlotCopier::Impl {
     try {
       return work();
     } catch (const Error& error) {
-      // After a timeout the stream may never come to an end; events are waited for before reuse.
+      // After a timeout the stream may never come to an end. Its events are waited for before
+      // buffers are used again; the slots' own memory is kept by who asks idle().
       if (error.code() != ErrorCode::timeout) {
         driver().api().stream_synchronize(stream_->handle());
       }
@@ -466,6 +475,12 @@ std::uint32_t CudaSlotCopier::crc(ConstPacked bytes, std::uint32_t seed, Deadlin
 }
 void CudaSlotCopier::copy(Packed out, ConstPacked in, Deadline deadline) {
   impl_->copy(out, in, deadline);
+}
+std::optional<Stream> CudaSlotCopier::work_stream() const noexcept {
+  return Stream{impl_->stream()};
+}
+bool CudaSlotCopier::idle() const noexcept {
+  return impl_->idle();
 }
 StreamHandle CudaSlotCopier::stream() const noexcept {
   return impl_->stream();

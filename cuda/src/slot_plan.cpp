@@ -220,6 +220,9 @@ std::vector<DirectCopy> direct_copies(const SlotPlan::Part& part, std::uint64_t 
     copy.row = std::min(part.row - inside, end - begin);
     copy.pitch = part.pitch;
     if (inside == 0 && copy.row == part.row) copy.rows = (end - begin) / part.row;
+    // The last row on its own: what the driver checks of a strided copy is rows times pitch, and
+    // the last pitch may end beyond what is mapped.
+    if (copy.rows > 1 && begin + copy.rows * copy.row == end) copy.rows -= 1;
     begin += copy.row * copy.rows;
     copies.push_back(copy);
   }

@@ -157,10 +157,12 @@ TEST_F(CudaDeviceTest, ReadOnlyPagesOfAPeerCannotBeWritten) {
   {
     const auto imported = device().import_run({&exported, 1}, PageAccess::read);
     EXPECT_CODE(device, device().fill(imported->data(), 1, 16));
+    EXPECT_FALSE(imported->writable());
     // A driver that knows no read-only mappings.
     fake_.fail("cuMemSetAccess", 1, kNotSupported);
     const auto writable = device().import_run({&exported, 1}, PageAccess::read);
     device().fill(writable->data(), 1, 16);
+    EXPECT_TRUE(writable->writable());
   }
   device().destroy_pages(kCudaPage, pages);
 }

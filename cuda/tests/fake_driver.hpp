@@ -48,6 +48,11 @@ using FakeDriverAttribute = void(int attribute, int value);
 using FakeDriverHold = void(void* stream, int held);
 /// Whether the stream (null: any of them) has work that is not done.
 using FakeDriverPending = int(void* stream);
+/// Gives a stream work that is done once `work` returns something else than 0; it is asked again
+/// whenever a stream is.
+using FakeDriverSubmit = int(void* stream, int (*work)(void*), void* data);
+/// The stream that was made last.
+using FakeDriverNewestStream = void*();
 /// Starts or ends the capture of a graph.
 using FakeDriverCapture = void(void* stream, int on);
 /// Whether the stream is being captured and nothing has broken the capture.

@@ -120,6 +120,7 @@ struct State {
   std::map<DevicePointer, std::size_t> buffers;  ///< of cuMemAlloc
   std::map<std::uintptr_t, std::size_t> pinned;
   std::set<FakeStream*> streams;
+  FakeStream* newest_stream = nullptr;
   std::set<FakeEvent*> events;
   std::set<std::pair<int, int>> peers;
   int modules = 0;

@@ -184,6 +184,14 @@ FAKE_EXPORT int fake_driver_pending(void* stream) {
   fake::each_stream([&any](const FakeStream& each) { any = any || !each.work.empty(); });
   return any ? 1 : 0;
 }
+FAKE_EXPORT int fake_driver_submit(void* stream, int (*work)(void*), void* data) {
+  const Lock lock(state().mutex);
+  return fake::submit(static_cast<StreamHandle>(stream), [work, data] { return work(data) != 0; });
+}
+FAKE_EXPORT void* fake_driver_newest_stream() {
+  const Lock lock(state().mutex);
+  return state().newest_stream;
+}
 FAKE_EXPORT void fake_driver_capture(void* stream, int on) {
   const Lock lock(state().mutex);
   FakeStream* const found = fake::find_stream(static_cast<StreamHandle>(stream));
@@ -211,6 +219,7 @@ FAKE_EXPORT Result cuStreamCreateWithPriority(StreamHandle* stream, unsigned fla
       flags == kStreamNonBlocking ? FakeStream::Kind::non_blocking : FakeStream::Kind::blocking,
       fake::current_device());
   state().streams.insert(made);
+  state().newest_stream = made;
   *stream = reinterpret_cast<StreamHandle>(made);
   return kSuccess;
 }
@@ -350,6 +359,7 @@ FAKE_EXPORT Result cuEventRecord(EventHandle event, StreamHandle stream) {
 FAKE_EXPORT Result cuEventQuery(EventHandle event) {
   const Lock lock(state().mutex);
   if (const Result result = enter_context("cuEventQuery")) return result;
+  fake::pump();  // work that waits for another process is asked again
   auto* found = reinterpret_cast<FakeEvent*>(event);
   if (!state().events.contains(found)) {
     fake::mistake("cuEventQuery of an event that does not exist");

@@ -28,9 +28,9 @@ inline CommPair make_comms(NcclComm::Place a, NcclComm::Place b, Deadline deadli
 
 /// What an end of a nccl channel is made of.
 struct NcclEnd {
-  std::shared_ptr<NcclIssuer> issuer = std::make_shared<NcclIssuer>(nullptr);
+  std::shared_ptr<NcclIssuer> issuer = make_issuer();
   std::shared_ptr<DeviceTurn> turn = std::make_shared<DeviceTurn>();
-  std::shared_ptr<Device> device = std::make_shared<HostDevice>();
+  std::shared_ptr<StreamDevice> device = std::make_shared<StreamDevice>();
 };
 
 struct NcclPair {
@@ -50,13 +50,15 @@ inline NcclPair make_nccl(const NcclEnd& a, const NcclEnd& b,
                           std::size_t window = std::size_t{1} << 20,
                           std::chrono::nanoseconds limit = std::chrono::seconds(10)) {
   const pipelive::test::ChannelPair base = make_channels(kBaseKind, window + 65536, {});
-  const CommPair comms = make_comms(host_place(a.issuer, a.device), host_place(b.issuer, b.device));
+  const CommPair comms =
+      make_comms(host_place(a.issuer, a.device, a.turn), host_place(b.issuer, b.device, b.turn));
   const auto options = [&](const std::shared_ptr<NcclComm>& comm,
                            const std::shared_ptr<DeviceTurn>& turn) {
     NcclChannel::Options made;
     made.comm = comm;
     made.turn = turn;
-    made.piece_bytes = 65536;
+    made.out = std::make_shared<Staging>(comm->device(), StagingShape{65536, 1});
+    made.in = std::make_shared<Staging>(comm->device(), StagingShape{65536, 1});
     made.window_bytes = window;
     made.transfer_limit = limit;
     return made;

@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "nccl_pair.hpp"
@@ -28,6 +30,12 @@ Error error_of(const Work& work) {
   }
   ADD_FAILURE() << "nothing was thrown";
   return {ErrorCode::device, ""};
+}
+
+// For what happens in another thread; a test that waits for ever is ended from outside.
+template <typename Condition>
+void wait_until(const Condition& condition) {
+  while (!condition()) std::this_thread::yield();
 }
 
 TEST(NcclLibrary, IsFoundWithItsVersionAndPlace) {
@@ -63,6 +71,19 @@ TEST(NcclLibrary, AbilitiesFollowTheVersion) {
   fake.set("version", 0);
 }
 
+TEST(NcclLibrary, AnEnvironmentThatMakesItBlockIsRefused) {
+  const FakeNccl fake;
+  const std::string candidates[] = {PIPELIVE_FAKE_NCCL};
+  setenv("NCCL_COMM_BLOCKING", "1", 1);
+  const NcclProbe probe = probe_nccl(candidates);
+  setenv("NCCL_COMM_BLOCKING", "0", 1);
+  const NcclProbe other = probe_nccl(candidates);
+  unsetenv("NCCL_COMM_BLOCKING");
+  EXPECT_FALSE(probe.version);
+  EXPECT_THAT(probe.problem, HasSubstr("NCCL_COMM_BLOCKING is 1"));
+  EXPECT_TRUE(other.version) << other.problem;
+}
+
 TEST(NcclComm, TwoRanksExchangeBytes) {
   const FakeNccl fake;
   {
@@ -96,8 +117,21 @@ TEST(NcclComm, ARankThatNeverComesIsADeadline) {
   const Error error = error_of([&] { NcclComm(place, place.nccl->unique_id(), 0, 2, shortly()); });
   EXPECT_EQ(error.code(), ErrorCode::timeout);
   EXPECT_THAT(error.what(), HasSubstr("rank 0 of 2"));
+  wait_until([&] { return fake.count("alive") == 0; });
   EXPECT_EQ(fake.violations(), 0);
-  EXPECT_EQ(fake.count("alive"), 0);
+}
+
+TEST(NcclComm, ARankThatGivesUpIsNotWaitedForToTheDeadline) {
+  const FakeNccl fake;
+  const NcclComm::Place place = host_place();
+  const Error error = error_of([&] {
+    NcclComm(place, place.nccl->unique_id(), 0, 2, Deadline::after(std::chrono::hours(1)),
+             [] { return true; });
+  });
+  EXPECT_EQ(error.code(), ErrorCode::closed);
+  EXPECT_THAT(error.what(), HasSubstr("the other end has gone"));
+  wait_until([&] { return fake.count("alive") == 0; });
+  EXPECT_EQ(fake.violations(), 0);
 }
 
 TEST(NcclComm, AFailureWhileComingUpIsReported) {
@@ -121,14 +155,23 @@ TEST(NcclComm, AStalledTransferEndsAtItsDeadlineAndEndsTheCommunicator) {
   EXPECT_EQ(fake.violations(), 0);
 }
 
+// What a peer that died or a network that broke shows as is a lost connection, which can be made
+// again; what is wrong with this end's device is not.
 TEST(NcclComm, AnAsynchronousErrorAborts) {
   const FakeNccl fake;
-  const auto [a, b] = make_comms(host_place(), host_place());
-  fake.set("async_error", 6);
-  std::vector<std::byte> bytes(100);
-  const Error error = error_of([&, &a = a] { a->send(bytes.data(), 100, 1, soon()); });
-  EXPECT_EQ(error.code(), ErrorCode::device);
-  EXPECT_THAT(error.what(), HasSubstr("asynchronous error: ncclRemoteError (6)"));
+  for (const auto& [result, code, name] :
+       {std::tuple(6, ErrorCode::closed, "ncclRemoteError (6)"),
+        std::tuple(2, ErrorCode::closed, "ncclSystemError (2)"),
+        std::tuple(3, ErrorCode::closed, "ncclInternalError (3)"),
+        std::tuple(1, ErrorCode::device, "ncclUnhandledCudaError (1)")}) {
+    const auto [a, b] = make_comms(host_place(), host_place());
+    fake.set("async_error", result);
+    std::vector<std::byte> bytes(100);
+    const Error error = error_of([&, &a = a] { a->send(bytes.data(), 100, 1, soon()); });
+    EXPECT_EQ(error.code(), code);
+    EXPECT_THAT(error.what(), HasSubstr(std::string("asynchronous error: ") + name));
+    fake.set("async_error", 0);
+  }
   EXPECT_EQ(fake.violations(), 0);
 }
 
@@ -138,7 +181,7 @@ TEST(NcclComm, AnErrorOnIssueAborts) {
   fake.set("fail_issue", 1);
   std::vector<std::byte> bytes(100);
   const Error error = error_of([&, &a = a] { a->send(bytes.data(), 100, 1, soon()); });
-  EXPECT_EQ(error.code(), ErrorCode::device);
+  EXPECT_EQ(error.code(), ErrorCode::closed);
   EXPECT_THAT(error.what(), HasSubstr("ncclSend: ncclSystemError (2)"));
 }
 
@@ -156,21 +199,84 @@ TEST(NcclComm, AbortWakesATransfer) {
   EXPECT_EQ(fake.violations(), 0);
 }
 
-TEST(NcclComm, AnAbortThatTakesItsTimeDoesNotHangTheCaller) {
+// The caller is told at its own limit. What NCCL may still touch is held until it has let go.
+TEST(NcclComm, AnAbortThatTakesItsTimeHoldsTheMemoryAndNotTheCaller) {
   const FakeNccl fake;
   const auto [a, b] = make_comms(host_place(), host_place());
-  fake.set("slow_abort_ms", 300);
+  fake.set("hold_abort", 1);
+  auto bytes = std::make_shared<std::vector<std::byte>>(100);
+  const std::weak_ptr<std::vector<std::byte>> held = bytes;
+  const Error error = error_of([&, &a = a] { a->send(bytes->data(), 100, 1, shortly(), bytes); });
+  EXPECT_EQ(error.code(), ErrorCode::timeout);
+  bytes.reset();
+  wait_until([&] { return fake.count("aborting") != fake.count("aborted"); });
+  EXPECT_FALSE(held.expired());
+  fake.set("hold_abort", 0);
+  wait_until([&] { return held.expired(); });
+  EXPECT_EQ(fake.violations(), 0);
+}
+
+// ncclCommAbort and the start of a communicator wait for whatever runs on the device, here for a
+// transfer that never completes and that only the same device's issuing thread can end.
+TEST(NcclComm, OneThatEndsDoesNotKeepAStalledOneFromItsLimit) {
+  const FakeNccl fake;
+  const auto left = test::make_issuer();
+  const auto right = test::make_issuer();
+  auto idle = make_comms(host_place(left), host_place(right));
+  const auto stalled = make_comms(host_place(left), host_place(right));
+  fake.set("stall", 1);
   std::vector<std::byte> bytes(100);
-  EXPECT_EQ(error_of([&, &a = a] { a->send(bytes.data(), 100, 1, shortly()); }).code(),
-            ErrorCode::timeout);
-  fake.set("slow_abort_ms", 0);
+  auto sending = std::async(std::launch::async, [&, &a = stalled.a] {
+    return error_of([&] {
+             a->send(bytes.data(), 100, 1, Deadline::after(std::chrono::milliseconds(300)));
+           })
+        .code();
+  });
+  wait_until([&] { return fake.count("pending") != 0; });
+  idle.a.reset();
+  EXPECT_EQ(sending.get(), ErrorCode::timeout);
+  wait_until([&] { return fake.count("alive") == 2; });
+  EXPECT_EQ(fake.violations(), 0);
+}
+
+TEST(NcclComm, OneThatStartsDoesNotKeepAStalledOneFromItsLimit) {
+  const FakeNccl fake;
+  const auto left = test::make_issuer();
+  const auto right = test::make_issuer();
+  const auto stalled = make_comms(host_place(left), host_place(right));
+  fake.set("stall", 1);
+  std::vector<std::byte> bytes(100);
+  auto sending = std::async(std::launch::async, [&, &a = stalled.a] {
+    return error_of([&] {
+             a->send(bytes.data(), 100, 1, Deadline::after(std::chrono::milliseconds(300)));
+           })
+        .code();
+  });
+  wait_until([&] { return fake.count("pending") != 0; });
+  const auto other = make_comms(host_place(left), host_place(right));
+  EXPECT_EQ(sending.get(), ErrorCode::timeout);
+  EXPECT_EQ(fake.violations(), 0);
+}
+
+TEST(NcclComm, AnIdleOneEndsWithTheTurnInHand) {
+  const FakeNccl fake;
+  const auto turn = std::make_shared<DeviceTurn>();
+  auto pair = make_comms(host_place(nullptr, nullptr, turn), host_place());
+  fake.set("hold_abort", 1);
+  const int before = fake.count("aborting");
+  pair.a->abort();
+  wait_until([&] { return fake.count("aborting") != before; });
+  EXPECT_EQ(turn->holder(), "an NCCL communicator that ends");
+  fake.set("hold_abort", 0);
+  wait_until([&] { return turn->holder().empty(); });
+  EXPECT_EQ(fake.violations(), 0);
 }
 
 // Two communicators between the same two devices, used in opposite orders, without the turns.
 TEST(NcclComm, OppositeOrdersAreFoundAndDoNotHang) {
   const FakeNccl fake;
-  const auto left = std::make_shared<NcclIssuer>(nullptr);
-  const auto right = std::make_shared<NcclIssuer>(nullptr);
+  const auto left = test::make_issuer();
+  const auto right = test::make_issuer();
   const auto first = make_comms(host_place(left), host_place(right));
   const auto second = make_comms(host_place(left), host_place(right));
   std::vector<std::byte> bytes(4000);

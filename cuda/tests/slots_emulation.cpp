@@ -29,9 +29,32 @@ void append(unsigned grid, const void* raw) {
   }
 }
 
+SlotAccess* slot_access = nullptr;
+bool refused = false;
+
+// Whether all that the kernel will touch of layers may be touched.
+template <typename Vector, bool kGather>
+bool accessible(const SlotCopyArgs& args) {
+  if (slot_access == nullptr) return true;
+  const auto* records = at_address<const SlotRecord>(args.table.records);
+  const auto* layers = at_address<const SlotLayer>(args.table.layers);
+  const auto* offsets = at_address<const u64>(args.table.offsets);
+  for (u64 index = args.begin; index < args.end; ++index) {
+    const SlotRecord& record = records[find_record(records, 0, args.table.num_records, index)];
+    const SlotSpot spot = spot_of(args.table.shape, layers[record.layer], offsets, record,
+                                  static_cast<u32>(index - record.packed));
+    if (!slot_access(spot.address, sizeof(Vector), !kGather)) return false;
+  }
+  return slot_access(args.packed, (args.end - args.begin) * sizeof(Vector), kGather);
+}
+
 template <typename Vector, bool kGather>
 void copy(unsigned grid, const void* raw) {
   const auto& args = *static_cast<const SlotCopyArgs*>(raw);
+  if (!accessible<Vector, kGather>(args)) {
+    refused = true;
+    return;
+  }
   for (unsigned tile = 0; tile < grid; ++tile) {
     for (u32 thread = 0; thread < kCopyThreads; ++thread) {
       copy_tile<Vector, kGather>(args, tile, thread);
@@ -159,8 +182,13 @@ bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block,
                          void** parameters) {
   const auto found = kernels().find(name);
   if (found == kernels().end() || block != found->second.threads || grid == 0) return false;
+  refused = false;
   found->second.run(grid, parameters[0]);
-  return true;
+  return !refused;
+}
+
+void check_slot_access(SlotAccess* check) {
+  slot_access = check;
 }
 
 std::size_t slot_kernel_bytes(const std::string& name) {

@@ -11,6 +11,11 @@ namespace pipelive::cuda::test {
 /// Runs a kernel as cuLaunchKernel would; false where there is none of that name.
 bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block, void** parameters);
 
+/// Asked before gather and scatter touch a slot of a layer; where it says no, the kernel does
+/// nothing, and returns false in place of the above.
+using SlotAccess = bool(std::size_t address, std::size_t bytes, bool write);
+void check_slot_access(SlotAccess* check);
+
 /// The size of a kernel's one parameter; 0 for a name that is none's.
 [[nodiscard]] std::size_t slot_kernel_bytes(const std::string& name);
 

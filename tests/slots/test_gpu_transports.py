@@ -56,12 +56,9 @@ def connected(want: str, near: Any, far: Any) -> Iterator[tuple[Channel, Channel
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(paths.set_up_target, b, far, target, source, "shm", ends_at)
         own = paths.set_up_source(a, near, source, target, "shm", ends_at)
-        base = _core.shm_channel(a.detach(), os.dup(memory), 0)
         taking = other.result()
-        far_base = _core.shm_channel(b.detach(), memory, 1)
-        far_end = threads.submit(taking.channel, far_base, SECONDS)
-        near_channel = Channel(own.channel(base, SECONDS))
-        far_channel = Channel(far_end.result())
+        near_channel = Channel(own.channel(_core.shm_channel(a.detach(), os.dup(memory), 0)))
+        far_channel = Channel(taking.channel(_core.shm_channel(b.detach(), memory, 1)))
     assert near_channel.kind == far_channel.kind == want
     yield near_channel, far_channel
     near_channel.close()

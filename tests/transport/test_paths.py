@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import socket
 import struct
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.cuda_fake import FakeCuda
 
 from pipelive_kv import _core
 from pipelive_kv.errors import ClosedError, DeadlineError, InvalidArgumentError, ProtocolError
@@ -36,7 +41,16 @@ OTHER = replace(GPU, identity="bb")
         (replace(GPU, p2p=False, p2p_missing="no fds"), OTHER, "shm", "nccl", "no fds"),
         (GPU, replace(OTHER, nccl=0, nccl_missing="not found"), "tcp", "host", "not found"),
         (GPU, replace(OTHER, nccl=22805), "tcp", "host", "22805"),
-        (GPU, replace(OTHER, nccl=22707), "tcp", "nccl", "same NCCL"),
+        (GPU, replace(OTHER, nccl=22707), "tcp", "host", "22707"),
+        (replace(GPU, again=True, nccl=0), OTHER, "tcp", "host", "at the source"),
+        (replace(GPU, again=True, nccl=0), OTHER, "shm", "p2p", "one host"),
+        (
+            replace(GPU, again=True, nccl=0),
+            replace(OTHER, want="nccl"),
+            "tcp",
+            "host",
+            "is being made again",
+        ),
         (Abilities(), GPU, "shm", "host", "source lie in host memory"),
         (GPU, Abilities(), "shm", "host", "target lie in host memory"),
         (GPU, replace(GPU, want="shm"), "shm", "host", "nothing but shm"),
@@ -48,12 +62,16 @@ def test_the_best_path_that_both_can_take(source, target, base, path, why):
     assert why in choose(source, target, base)[1]
 
 
-def test_two_ranks_on_one_gpu_need_a_switch(monkeypatch):
-    new = replace(GPU, nccl=23004)
+def test_two_ranks_on_one_gpu_need_a_switch_at_both_ends(monkeypatch):
+    """What each end was told comes by its hello: an environment is only its own process's."""
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert choose(new, new, "tcp")[0] == "nccl"
-    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE")
-    assert choose(new, new, "tcp")[0] == "host"
+    new = replace(GPU, nccl=23004)
+    told = replace(new, multi_rank=True)
+    assert choose(told, told, "tcp")[0] == "nccl"
+    for source, target, end in ((new, told, "source"), (told, new, "target")):
+        path, why = choose(source, target, "tcp")
+        assert path == "host"
+        assert f"at the {end} NCCL_MULTI_RANK_GPU_ENABLE" in why
 
 
 @pytest.mark.parametrize("want", ["p2p", "nccl"])
@@ -76,10 +94,13 @@ def pool():
 
 def pair(pool, kind, *, device=None, timeout=SECONDS, **options):
     listener_device = options.pop("listener_device", device)
+    again = options.pop("again", False)
     with PatchListener(kind, key=KEY, device=listener_device, **options) as listener:
         accepted = pool.submit(listener.accept, timeout)
         try:
-            connected = connect(listener.address, key=KEY, timeout=timeout, device=device)
+            connected = connect(
+                listener.address, key=KEY, timeout=timeout, device=device, again=again
+            )
         except ProtocolError as error:
             return accepted, error
         return accepted.result(), connected
@@ -134,8 +155,6 @@ def test_no_descriptor_is_left_over(pool):
     for _ in range(5):
         for end in pair(pool, "p2p", device=device):
             end.close()
-    import gc
-
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 
@@ -251,9 +270,18 @@ def test_both_ends_fall_back_together(pool):
 
 
 def _soon(seconds=SECONDS):
-    import time
-
     return time.monotonic() + seconds
+
+
+FAKE_SETTINGS = (
+    b"stall",
+    b"stall_init",
+    b"fail_init",
+    b"fail_init_rank",
+    b"fail_first_rank",
+    b"hold_abort",
+    b"version",
+)
 
 
 @pytest.fixture
@@ -270,7 +298,7 @@ def fake_nccl(monkeypatch):
     library = ctypes.CDLL(found)
     before = library.fake_nccl_count(b"violations")
     yield library
-    for name in (b"stall", b"stall_init", b"fail_init"):
+    for name in FAKE_SETTINGS:
         library.fake_nccl_set(name, 0)
     assert library.fake_nccl_count(b"violations") == before
 
@@ -324,3 +352,138 @@ def test_turns(fake_nccl):
     patch.give()
     with pytest.raises(InvalidArgumentError):
         patch.give()
+
+
+@pytest.fixture
+def two_gpus(fake_nccl, monkeypatch):
+    """Two devices of a fake driver, which NCCL may take for one, and no p2p between them."""
+    cuda = FakeCuda(devices=2)
+    fake_nccl.fake_nccl_set(b"version", 23004)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(paths, "_no_p2p", lambda *_: "a test wants none")
+    devices = [cuda.device(0), cuda.device(1)]
+    yield devices
+    devices.clear()
+    for name in FAKE_SETTINGS:
+        fake_nccl.fake_nccl_set(name, 0)
+    # What ends in the background lets go of the devices; a test that failed holds them.
+    end = _soon()
+    while cuda.library.fake_driver_held() and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.001)
+    assert cuda.mistakes == ""
+
+
+def auto_pair(pool, two_gpus, timeout=SECONDS):
+    return pair(pool, "auto", device=two_gpus[0], listener_device=two_gpus[1], timeout=timeout)
+
+
+def test_auto_takes_nccl_and_has_transferred_before_it_says_so(pool, fake_nccl, two_gpus):
+    before = fake_nccl.fake_nccl_count(b"operations")
+    accepted, connected = auto_pair(pool, two_gpus)
+    assert (accepted.kind, connected.kind) == ("nccl", "nccl"), connected.reason
+    assert fake_nccl.fake_nccl_count(b"operations") - before == 4  # both ways at either end
+    exchange(accepted, connected)
+    assert not DeviceTurn("cuda:0").holder
+    assert not DeviceTurn("cuda:1").holder
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("setting", [b"fail_init_rank", b"fail_first_rank"])
+def test_nccl_that_fails_at_one_end_is_left_by_both(pool, fake_nccl, two_gpus, setting, rank):
+    """NCCL fails at one end at a time, and often only when it connects for the first transfer."""
+    fake_nccl.fake_nccl_set(setting, rank)
+    accepted, connected = auto_pair(pool, two_gpus)
+    assert accepted.kind == connected.kind == "shm"
+    assert "nccl could not be set up" in connected.reason
+    assert "nccl could not be set up" in accepted.reason
+    # The end that had to wait did not wait for its deadline.
+    assert "has gone" in (accepted if rank == 1 else connected).reason
+    exchange(accepted, connected)
+
+
+@pytest.mark.parametrize("setting", [b"stall_init", b"stall"])
+def test_nccl_that_hangs_leaves_time_for_the_host(pool, fake_nccl, two_gpus, setting):
+    fake_nccl.fake_nccl_set(setting, 1)
+    accepted, connected = auto_pair(pool, two_gpus, timeout=5.0)
+    assert accepted.kind == connected.kind == "shm"
+    assert "nccl could not be set up" in connected.reason
+    exchange(accepted, connected)
+
+
+def test_a_turn_that_is_never_free_leaves_nccl_out(pool, two_gpus):
+    with DeviceTurn("cuda:1", holder="an engine that hangs"):
+        accepted, connected = auto_pair(pool, two_gpus, timeout=3.0)
+    assert accepted.kind == connected.kind == "shm"
+    assert "an engine that hangs" in accepted.reason
+
+
+def test_a_connection_that_is_made_again_leaves_nccl_out(pool, fake_nccl, two_gpus):
+    before = fake_nccl.fake_nccl_count(b"made")
+    accepted, connected = pair(
+        pool, "auto", device=two_gpus[0], listener_device=two_gpus[1], again=True
+    )
+    assert accepted.kind == connected.kind == "shm"
+    assert "is being made again" in accepted.reason
+    accepted, connected = pair(
+        pool, "nccl", device=two_gpus[0], listener_device=two_gpus[1], again=True
+    )
+    assert accepted.kind == connected.kind == "tcp"
+    assert fake_nccl.fake_nccl_count(b"made") == before
+
+
+def test_nccl_does_not_listen_where_nobody_told_it_to(fake_nccl, two_gpus, monkeypatch):
+    """NCCL's own sockets are not bound to the listener's address."""
+
+    def offered(kind, host):
+        with PatchListener(kind, key=KEY, host=host, device=two_gpus[1]) as listener:
+            return listener._abilities.nccl
+
+    assert offered("auto", "127.0.0.1") == 23004  # NCCL_SOCKET_IFNAME=lo
+    for names in ("", "eth0", "lo,eth0", "^eth0"):
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", names)
+        assert offered("auto", "127.0.0.1") == 0
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    assert offered("auto", "127.0.0.1") == 0
+    assert offered("auto", "0.0.0.0") == 23004
+    assert offered("nccl", "127.0.0.1") == 23004
+
+
+def test_nccl_that_was_told_to_block_is_refused(fake_nccl, monkeypatch):
+    for value, refused in (("1", True), ("0", False)):
+        monkeypatch.setenv("NCCL_COMM_BLOCKING", value)
+        assert ("NCCL_COMM_BLOCKING" in nccl_probe().problem) == refused
+
+
+def test_python_goes_on_while_nccl_lets_go(fake_nccl):
+    """Whoever drops the last reference waits for NCCL, and waits alone."""
+    comm = _core.NcclComm(
+        paths.nccl_candidates(),
+        open_device("cpu"),
+        _core.nccl_unique_id(paths.nccl_candidates()),
+        0,
+        1,
+        SECONDS,
+    )
+    aborting = fake_nccl.fake_nccl_count(b"aborting")
+    went_on = threading.Event()
+    fake_nccl.fake_nccl_set(b"hold_abort", 1)
+
+    def other():
+        while fake_nccl.fake_nccl_count(b"aborting") == aborting:
+            pass
+        went_on.set()
+        fake_nccl.fake_nccl_set(b"hold_abort", 0)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    # From here on a thread lets others run only where it says so.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        del comm
+        assert went_on.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()

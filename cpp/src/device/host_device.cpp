@@ -37,16 +37,19 @@ class CompletedEvent final : public Event {
 
 class HostImportedPages final : public ImportedPages {
  public:
-  HostImportedPages(std::byte* data, std::size_t bytes) : data_(data), bytes_(bytes) {}
+  HostImportedPages(std::byte* data, std::size_t bytes, bool writable)
+      : data_(data), bytes_(bytes), writable_(writable) {}
   HostImportedPages(const HostImportedPages&) = delete;
   HostImportedPages& operator=(const HostImportedPages&) = delete;
   ~HostImportedPages() override { ::munmap(data_, bytes_); }
   [[nodiscard]] std::byte* data() const noexcept override { return data_; }
   [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+  [[nodiscard]] bool writable() const noexcept override { return writable_; }
 
  private:
   std::byte* data_;
   std::size_t bytes_;
+  bool writable_;
 };
 
 int retry_fallocate(int fd, int mode, std::uint64_t offset, std::uint64_t bytes) {
@@ -454,7 +457,8 @@ std::unique_ptr<ImportedPages> HostDevice::import_run(std::span<const ExportedPa
   void* raw = ::mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) throw_errno("mmap of addresses for exported pages", errno);
   // From here on the object unmaps the whole range, whatever is behind it.
-  auto imported = std::make_unique<HostImportedPages>(static_cast<std::byte*>(raw), total);
+  auto imported = std::make_unique<HostImportedPages>(static_cast<std::byte*>(raw), total,
+                                                      access != PageAccess::read);
   const int protection = access == PageAccess::read ? PROT_READ : PROT_READ | PROT_WRITE;
   std::byte* at = imported->data();
   for (const ExportedPages& part : exported) {

@@ -8,6 +8,31 @@
 #include "pipelive/base/error.hpp"
 
 namespace pipelive {
+namespace {
+
+// The copier's stream, noted in memories.
+class Noted {
+ public:
+  Noted(std::shared_ptr<SlotCopier> copier, Stream stream,
+        std::vector<std::shared_ptr<const BlockMemory>> memories)
+      : copier_(std::move(copier)), stream_(stream), memories_(std::move(memories)) {
+    for (const auto& memory : memories_) memory->residency().note_stream(stream_, copier_);
+  }
+  ~Noted() {
+    // Else the memory waits for the stream as long as it is there itself, and keeps the copier.
+    if (!copier_->idle()) return;
+    for (const auto& memory : memories_) memory->residency().forget_stream(stream_);
+  }
+  Noted(const Noted&) = delete;
+  Noted& operator=(const Noted&) = delete;
+
+ private:
+  std::shared_ptr<SlotCopier> copier_;
+  Stream stream_;
+  std::vector<std::shared_ptr<const BlockMemory>> memories_;
+};
+
+}  // namespace
 
 PatchLayer PatchLayer::of(const LayerView& view, std::shared_ptr<SlotCopier> copier) {
   if (!copier) copier = host_slot_copier();
@@ -59,6 +84,9 @@ PatchLayers::PatchLayers(const KVSpec& spec, std::vector<PatchLayer> layers)
     }
     ids_.push_back(layer.layer);
     max_blocks_ = std::min(max_blocks_, layer.memory.num_blocks);
+  }
+  if (const std::optional<Stream> stream = copier_->work_stream()) {
+    noted_ = std::make_shared<const Noted>(copier_, *stream, memories_);
   }
 }
 

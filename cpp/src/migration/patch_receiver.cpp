@@ -31,6 +31,9 @@ PatchReceiver::PatchReceiver(std::shared_ptr<Channel> channel, PatchLayers layer
       layers_(std::move(layers)),
       options_(options),
       applied_(layers_.size()) {
+  if (const std::optional<Stream> stream = layers_.copier().work_stream()) {
+    channel_->note_stream(*stream, layers_.shared_copier());
+  }
   for (const PatchLayer& layer : layers_.all()) {
     generations_.emplace_back(layer.memory.num_blocks * layer.layout.block_size);
   }

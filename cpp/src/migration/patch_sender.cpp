@@ -55,6 +55,9 @@ PatchSender::PatchSender(std::shared_ptr<Channel> channel, PatchLayers layers,
       limit_(options.rate_limit, max_beside_ == 0 ? max_message_ : options_.max_message_bytes),
 
       applied_(layers_.size()) {
+  if (const std::optional<Stream> stream = layers_.copier().work_stream()) {
+    channel_->note_stream(*stream, layers_.shared_copier());
+  }
   const std::size_t least =
       std::max(wire::message_bytes(1, layers_.slot_bytes()),
                wire::message_bytes(0, wire::kRoundTotalsBytes + 4 * layers_.size()));

@@ -161,15 +161,14 @@ void FrameLink::send(const Note& note, std::span<const std::byte> message, Deadl
   }
 }
 
-void FrameLink::send(const Note& note, Deadline deadline) {
-  const Deadline patient = Deadline::after(kNotePatience);
-  send(note, {}, deadline.at() > patient.at() ? deadline : patient);
+void FrameLink::send(const Note& note) {
+  send(note, {}, Deadline::after(kNotePatience));
 }
 
-void FrameLink::send(std::unique_lock<std::mutex>& held, const Note& note, Deadline deadline) {
+void FrameLink::send(std::unique_lock<std::mutex>& held, const Note& note) {
   held.unlock();
   try {
-    send(note, deadline);
+    send(note);
   } catch (...) {
     held.lock();
     throw;
@@ -198,7 +197,7 @@ void FrameLink::drop_front() {
     if (failure_) return;
   }
   try {
-    send(note, Deadline::after(kNotePatience));
+    send(note);
   } catch (const Error&) {
     // The link has ended; the next call says why. What was released needs no answer.
   }

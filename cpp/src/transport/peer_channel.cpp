@@ -26,6 +26,11 @@ PeerChannel::~PeerChannel() {
   link_.close();
 }
 
+void PeerChannel::note_stream(Stream stream, std::shared_ptr<const void> owner) {
+  if (options_.own) options_.own->users().note(stream, owner);
+  if (options_.peer) options_.peer->users().note(stream, std::move(owner));
+}
+
 void PeerChannel::take_note(const Note& note) {
   if (note.kind != Note::Kind::released) {
     throw Error(ErrorCode::protocol, "a p2p channel takes no note of kind " +
@@ -134,7 +139,7 @@ void PeerChannel::do_release() {
     released.number = note.number;
     if (!link_.ended()) {
       try {
-        link_.send(released, Deadline::after(std::chrono::seconds(0)));
+        link_.send(released);
       } catch (const Error&) {
         // The link has ended; the next receive says why.
       }

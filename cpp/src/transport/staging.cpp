@@ -1,6 +1,7 @@
 #include "pipelive/transport/staging.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,72 @@ std::string problem_of(const StagingShape& shape) {
   return {};
 }
 
+// Memory whose work was not done when it was let go of. Never destroyed, as the device may be gone
+// when a process ends.
+struct PutAside {
+  struct Memory {
+    std::vector<std::shared_ptr<Event>> events;
+    std::vector<std::pair<Stream, std::shared_ptr<const void>>> streams;
+    std::function<void()> free;
+  };
+  std::mutex mutex;
+  std::vector<Memory> all;
+};
+PutAside& put_aside() {
+  static auto& instance = *new PutAside;
+  return instance;
+}
+
+bool is_done(const std::vector<std::shared_ptr<Event>>& events) {
+  try {
+    return std::all_of(events.begin(), events.end(),
+                       [](const auto& event) { return event->done(); });
+  } catch (const std::exception&) {
+    return true;  // a device that has failed runs nothing any more
+  }
+}
+
 }  // namespace
+
+void StreamUsers::note(Stream stream, std::shared_ptr<const void> owner) const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [known, _] : streams_) {
+    if (known == stream) return;
+  }
+  streams_.emplace_back(stream, std::move(owner));
+}
+
+void StreamUsers::free_when_done(Device& device, std::function<void()> free) noexcept {
+  free_due();
+  std::vector<std::shared_ptr<Event>> events;
+  try {
+    for (const auto& [stream, _] : streams_) events.push_back(device.record(stream));
+  } catch (const std::exception&) {
+    events.clear();  // as above
+  }
+  if (is_done(events)) {
+    free();
+    return;
+  }
+  const std::lock_guard lock(put_aside().mutex);
+  put_aside().all.push_back({std::move(events), std::move(streams_), std::move(free)});
+}
+
+std::size_t StreamUsers::free_due() noexcept {
+  std::vector<PutAside::Memory> due;  // freed without the lock
+  std::size_t left = 0;
+  {
+    const std::lock_guard lock(put_aside().mutex);
+    auto& all = put_aside().all;
+    const auto first = std::stable_partition(
+        all.begin(), all.end(), [](const PutAside::Memory& one) { return !is_done(one.events); });
+    std::move(first, all.end(), std::back_inserter(due));
+    all.erase(first, all.end());
+    left = all.size();
+  }
+  for (PutAside::Memory& memory : due) memory.free();
+  return left;
+}
 
 void check_shape(const StagingShape& shape) {
   const std::string problem = problem_of(shape);
@@ -37,6 +103,7 @@ void check_shape(const StagingShape& shape) {
 Staging::Staging(std::shared_ptr<Device> device, StagingShape shape)
     : device_(std::move(device)), shape_(shape) {
   check_shape(shape_);
+  StreamUsers::free_due();
   const std::size_t page = device_->info().page_granularity;
   shape_.piece_bytes = (shape_.piece_bytes + page - 1) / page * page;
   check_shape(shape_);
@@ -53,33 +120,42 @@ Staging::Staging(std::shared_ptr<Device> device, StagingShape shape)
 }
 
 Staging::~Staging() {
-  const std::size_t bytes = shape_.bytes();
-  device_->release(address_, bytes);
-  try {
-    device_->destroy_pages(bytes, {&page_, 1});
-  } catch (const Error&) {
-    // A device that is broken has been reported by what broke it.
-  }
+  users_.free_when_done(
+      *device_, [device = device_, address = address_, bytes = shape_.bytes(), page = page_] {
+        device->release(address, bytes);
+        try {
+          device->destroy_pages(bytes, {&page, 1});
+        } catch (const Error&) {
+          // A device that is broken has been reported by what broke it.
+        }
+      });
 }
 
 ExportedPages Staging::export_memory() const {
   return device_->export_page(shape_.bytes(), page_);
 }
 
-PeerStaging::PeerStaging(Device& device, const ExportedPages& exported, StagingShape shape)
-    : shape_(shape) {
+PeerStaging::PeerStaging(std::shared_ptr<Device> device, const ExportedPages& exported,
+                         StagingShape shape)
+    : device_(std::move(device)), shape_(shape) {
+  StreamUsers::free_due();
   const std::string problem = problem_of(shape);
   if (!problem.empty()) throw Error(ErrorCode::protocol, "the peer offers " + problem);
   if (exported.bytes != shape.bytes()) {
     throw Error(ErrorCode::protocol, "the peer's staging has " + std::to_string(exported.bytes) +
                                          " bytes, its pieces " + std::to_string(shape.bytes()));
   }
-  pages_ = device.import_run({&exported, 1}, PageAccess::read);
+  pages_ = device_->import_run({&exported, 1}, PageAccess::read);
   if (pages_->bytes() < shape.bytes()) {
     throw Error(ErrorCode::protocol, "the peer's staging maps to " +
                                          std::to_string(pages_->bytes()) + " bytes, expected " +
                                          std::to_string(shape.bytes()));
   }
+}
+
+PeerStaging::~PeerStaging() {
+  users_.free_when_done(*device_,
+                        [device = device_, pages = std::move(pages_)]() mutable { pages.reset(); });
 }
 
 }  // namespace pipelive

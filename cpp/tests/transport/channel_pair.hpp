@@ -94,8 +94,8 @@ ChannelPair make_device_channels(ChannelKind kind, std::size_t window);
 #endif
 
 /// Staging of `from`, as the process of `to` would map it.
-inline std::unique_ptr<PeerStaging> mapped(Device& to, const Staging& from) {
-  return std::make_unique<PeerStaging>(to, from.export_memory(), from.shape());
+inline std::unique_ptr<PeerStaging> mapped(std::shared_ptr<Device> to, const Staging& from) {
+  return std::make_unique<PeerStaging>(std::move(to), from.export_memory(), from.shape());
 }
 
 /// Both ends own staging, in the memory of `a` and `b`, and map the other's.
@@ -109,8 +109,8 @@ inline ChannelPair make_peers(const std::shared_ptr<Device>& a, const std::share
   right.device = b;
   left.own = std::make_shared<Staging>(a, shape);
   right.own = std::make_shared<Staging>(b, shape);
-  left.peer = mapped(*a, *right.own);
-  right.peer = mapped(*b, *left.own);
+  left.peer = mapped(a, *right.own);
+  right.peer = mapped(b, *left.own);
   left.window_bytes = right.window_bytes = window;
   return {std::make_shared<PeerChannel>(base.a, std::move(left)),
           std::make_shared<PeerChannel>(base.b, std::move(right))};

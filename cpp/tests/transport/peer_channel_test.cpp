@@ -109,7 +109,7 @@ TEST_F(PeerChannelTest, AnEndWithoutStagingSendsNoneButReceives) {
   sending.own = std::make_shared<Staging>(left, kShape);
   PeerChannel::Options receiving;
   receiving.device = right;
-  receiving.peer = test::mapped(*right, *sending.own);
+  receiving.peer = test::mapped(right, *sending.own);
   sending.window_bytes = receiving.window_bytes = 65536;
   PeerChannel a(base.a, std::move(sending));
   PeerChannel b(base.b, std::move(receiving));
@@ -168,7 +168,7 @@ struct HostilePeer : PeerChannelTest {
     PeerChannel::Options options;
     options.device = left;
     options.own = std::make_shared<Staging>(left, kShape);
-    options.peer = test::mapped(*left, *theirs);
+    options.peer = test::mapped(left, *theirs);
     options.window_bytes = 65536;
     channel = std::make_unique<PeerChannel>(base.a, std::move(options));
     peer = base.b;

@@ -28,6 +28,7 @@ class Outgoing:
         layers: these.
         connect: makes a connection within so many seconds.
         make_sender: for a connection.
+        connect_again: as ``connect``, where a connection was lost; None for the same.
         sender: of the connection that is in use.
         finished: the target has confirmed the end.
         connection: the number of that connection, as the target counts them.
@@ -38,6 +39,7 @@ class Outgoing:
     layers: tuple[int, ...]
     connect: Callable[[float], Channel]
     make_sender: Callable[[Channel], PatchSender]
+    connect_again: Callable[[float], Channel] | None = None
     sender: PatchSender = field(init=False)
     finished: bool = field(default=False, init=False)
     connection: int = field(default=0, init=False)
@@ -79,7 +81,7 @@ class Outgoing:
         while True:
             check()
             try:
-                channel = self.connect(RECONNECT_ATTEMPT)
+                channel = (self.connect_again or self.connect)(RECONNECT_ATTEMPT)
                 try:
                     rounds = _read_rounds(channel.receive(RECONNECT_ATTEMPT))
                     sender = self.make_sender(channel)

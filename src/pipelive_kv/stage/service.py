@@ -360,13 +360,14 @@ class StageService:
         pool = self._stage.pool
         views = {layer: pool.layer(layer) for layer in layers}
 
-        def open_channel(timeout: float) -> Channel:
+        def open_channel(timeout: float, again: bool = False) -> Channel:
             return connect(
                 address,
                 key=self._key,
                 timeout=timeout,
                 hello=self._hello(request.epoch),
                 device=pool.page_pool.device,
+                again=again,
             )
 
         def make_sender(channel: Channel) -> PatchSender:
@@ -378,7 +379,8 @@ class StageService:
                 rate_limit=request.rate_limit or None,
             )
 
-        return Outgoing(target, layers, open_channel, make_sender)
+        again = functools.partial(open_channel, again=True)
+        return Outgoing(target, layers, open_channel, make_sender, again)
 
     def _start_copy(self, request: StartCopy) -> Done:
         session = self._session("StartCopy", request.epoch)

@@ -58,7 +58,9 @@ class PatchListener:
         kind: ``"tcp"``; ``"shm"`` for two processes of one host and one user; ``"p2p"``: the same,
             and payloads go from device memory to device memory; ``"nccl"``: payloads go by NCCL,
             the rest over TCP; ``"auto"`` takes the best of all that both ends can do, and falls
-            back where setting it up fails. :attr:`Channel.reason` says what was taken and why.
+            back where setting it up fails. :attr:`Channel.reason` says what was taken and why. On
+            a loopback address it leaves NCCL out, whose own sockets listen elsewhere, unless
+            ``NCCL_SOCKET_IFNAME=lo``.
         key: the shared secret, 16 bytes or more.
         host: the address that TCP listens on. Nothing but loopback unless it is given.
         ring_bytes: of a shared-memory channel, for each direction; bounds its largest message.
@@ -69,7 +71,7 @@ class PatchListener:
         max_pending: connections that may be in their handshake at one time; for one more the
             oldest has to go, so that silent strangers do not keep the awaited peer out.
         handshake_timeout: seconds that a handshake may take.
-        nccl_timeout: seconds that an NCCL communicator may take to come up.
+        nccl_timeout: seconds that setting up NCCL, and falling back, may take.
 
     Raises InvalidArgumentError, and DeviceError where the address cannot be listened on.
     """
@@ -99,7 +101,7 @@ class PatchListener:
             raise InvalidArgumentError(f"ring_bytes is {ring_bytes}, expected 1 to 2**40")
         self._key = handshake.check_key(key)
         self._device = device
-        self._abilities = paths.abilities(device, kind)
+        self._abilities = paths.abilities(device, kind, host=host)
         self._hello: Hello = {**(hello or {}), **self._abilities.hello()}
         self._ring_bytes = ring_bytes
         self._max_pending = max_pending
@@ -280,7 +282,7 @@ class PatchListener:
         )
         base = self._base_channel(pending)
         reason = f"the connecting end came over {pending.kind}; {setup.why}"
-        return Channel(setup.channel(base, patience), reason=reason, hello=_said(agreed))
+        return Channel(setup.channel(base), reason=reason, hello=_said(agreed))
 
     def _base_channel(self, pending: _Pending) -> Any:
         if pending.kind == "tcp":
@@ -302,6 +304,7 @@ def connect(
     timeout: float,
     hello: Hello | None = None,
     device: Any = None,
+    again: bool = False,
 ) -> Channel:
     """Connect to a :class:`PatchListener` and prove to each other that both hold ``key``.
 
@@ -309,6 +312,8 @@ def connect(
     socket can be reached. Over that, payloads go from the memory of ``device`` (where the moving
     layers lie; the core's, None for host memory) to the listener's by P2P or NCCL where both ends
     can and the listener's kind allows it. :attr:`Channel.reason` says what was taken and why.
+    ``again`` is said where a connection that was lost is made again, in a hurry: NCCL, which takes
+    long to come up and may be what was lost, is then left out.
 
     Raises DeadlineError after ``timeout`` seconds, ProtocolError where the peer does not hold the
     key or differs in a field of ``hello`` (named), ClosedError where it hangs up, DeviceError where
@@ -317,7 +322,7 @@ def connect(
     handshake.check_key(key)
     ends_at = time.monotonic() + timeout
     where = Address.parse(address)
-    said = _Own(key, dict(hello or {}), device, paths.abilities(device, "auto"))
+    said = _Own(key, dict(hello or {}), device, paths.abilities(device, "auto", again=again))
     if where.kind == "tcp":
         return _connect_tcp(where, said, ends_at, "the address is one for tcp")
     if where.kind == "shm":
@@ -366,8 +371,7 @@ def _connect_tcp(where: Address, own: _Own, ends_at: float, why: str) -> Channel
         setup = own.set_up(connected, agreed, "tcp", ends_at)
         base = _tcp_channel(connected)
         undo.pop_all()
-    core = setup.channel(base, max(1.0, ends_at - time.monotonic()))
-    return Channel(core, reason=f"{why}; {setup.why}", hello=_said(agreed))
+    return Channel(setup.channel(base), reason=f"{why}; {setup.why}", hello=_said(agreed))
 
 
 def _connect_shm(where: Address, own: _Own, ends_at: float, why: str) -> Channel:
@@ -391,8 +395,7 @@ def _connect_shm(where: Address, own: _Own, ends_at: float, why: str) -> Channel
             raise ProtocolError(f"{where} passed no memory")
         undo.pop_all()
         base = _core.shm_channel(_detach(connected), fds[0], 1)
-    core = setup.channel(base, max(1.0, ends_at - time.monotonic()))
-    return Channel(core, reason=f"{why}; {setup.why}", hello=_said(agreed))
+    return Channel(setup.channel(base), reason=f"{why}; {setup.why}", hello=_said(agreed))
 
 
 def _shake(

@@ -9,10 +9,13 @@ fall back together.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
+import random
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +31,10 @@ NCCL_SECONDS = 60.0
 """How long a communicator may take to come up."""
 TRANSFER_SECONDS = 10.0
 """How long one NCCL transfer may take once both ends have issued it."""
+_NCCL_SHARE = 0.6
+"""Of the time that is left, what NCCL may use, so that the way through the host still has some."""
+_TURN_SECONDS = 5.0
+"""How long a turn is held for the peer's word, which comes at once where the peer runs at all."""
 STAGING_PIECE_BYTES: int = _core.STAGING_PIECE_BYTES
 STAGING_PIECES: int = _core.STAGING_PIECES
 _MAX_FRAME_BYTES = 16 << 10
@@ -55,6 +62,11 @@ class Abilities:
     nccl: int = 0
     """The version code of its NCCL; 0 where there is none."""
     nccl_missing: str = ""
+    multi_rank: bool = False
+    """Its NCCL is told to put two ranks on one GPU (NCCL_MULTI_RANK_GPU_ENABLE=1)."""
+    again: bool = False
+    """Of the connecting end: a connection that was lost is made again, and there is no time for
+    NCCL."""
 
     def hello(self) -> dict[str, str | int | bool | None]:
         """As fields of a hello."""
@@ -70,21 +82,58 @@ class Abilities:
         return cls(**said)
 
 
-def abilities(device: Any, want: str) -> Abilities:
-    """What this end can do with layers on ``device`` (a ``_core.Device``, or None)."""
+def abilities(device: Any, want: str, *, host: str | None = None, again: bool = False) -> Abilities:
+    """What this end can do with layers on ``device`` (a ``_core.Device``, or None).
+
+    ``host`` is the address that a listening end listens on, ``again`` as in :class:`Abilities`.
+    """
     if device is None:
-        return Abilities(
-            want, p2p_missing="no device was given", nccl_missing="no device was given"
-        )
+        missing = "no device was given"
+        return Abilities(want, p2p_missing=missing, nccl_missing=missing, again=again)
     name, identity, exportable = _core.device_identity(device)
     p2p_missing = "" if exportable else f"{name} cannot export its memory as file descriptors"
     nccl, nccl_missing = 0, f"{name} is no GPU"
-    if want == "nccl" or (want == "auto" and name.startswith("cuda")):
-        probe = nccl_probe()
-        nccl, nccl_missing = probe.version_code, probe.problem
+    if again:
+        nccl_missing = "a connection is being made again"
+    elif want == "nccl" or (want == "auto" and name.startswith("cuda")):
+        nccl_missing = "" if want == "nccl" else _beyond_loopback(host)
+        if not nccl_missing:
+            probe = nccl_probe()
+            nccl, nccl_missing = probe.version_code, probe.problem
     elif name.startswith("cuda"):
         nccl_missing = "it was not asked for"
-    return Abilities(want, name, identity, exportable, p2p_missing, nccl, nccl_missing[:400])
+    return Abilities(
+        want,
+        name,
+        identity,
+        exportable,
+        p2p_missing,
+        nccl,
+        nccl_missing[:400],
+        os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1",
+        again,
+    )
+
+
+def _beyond_loopback(host: str | None) -> str:
+    """Why NCCL, whose sockets listen where it likes, is not offered beside ``host``."""
+    if host is None or not _is_loopback(host):
+        return ""
+    # NCCL takes prefixes, "=" before names in full, and "^" before what it shall not take.
+    chosen = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=").split(",")
+    if all(name == "lo" for name in chosen):
+        return ""
+    return (
+        f"NCCL would listen beyond {host}; ask for it by name, listen on another address, or set "
+        "NCCL_SOCKET_IFNAME=lo"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def choose(source: Abilities, target: Abilities, base: str) -> tuple[Path, str]:
@@ -102,6 +151,9 @@ def choose(source: Abilities, target: Abilities, base: str) -> tuple[Path, str]:
         if no_p2p:
             raise HelloMismatchError(f"p2p was asked for, but {no_p2p}")
         return "p2p", "the listener takes nothing but p2p"
+    if want == "nccl" and source.again:
+        # Asked for by name, but by now the choice is between this and the loss of the move.
+        return "host", "a connection is being made again"
     if want == "nccl":
         if no_nccl:
             raise HelloMismatchError(f"nccl was asked for, but {no_nccl}")
@@ -130,13 +182,14 @@ def _no_nccl(source: Abilities, target: Abilities) -> str:
     for end, said in (("source", source), ("target", target)):
         if said.nccl == 0:
             return f"at the {end}: {said.nccl_missing or 'it has none'}"
-    if source.nccl // 100 != target.nccl // 100:
+    if source.nccl != target.nccl:  # also in the patch release: NCCL says so at neither end
         return f"versions {source.nccl} and {target.nccl} differ"
     if source.identity and source.identity == target.identity:
         if source.nccl < 23000:
             return "both ends are on one GPU, which NCCL before 2.30 refuses"
-        if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-            return "both ends are on one GPU, and NCCL_MULTI_RANK_GPU_ENABLE is not 1"
+        for end, said in (("source", source), ("target", target)):
+            if not said.multi_rank:
+                return f"both ends are on one GPU, and at the {end} NCCL_MULTI_RANK_GPU_ENABLE=0"
     return ""
 
 
@@ -149,18 +202,15 @@ class Setup:
     device: Any = None
     own: Any = None
     peer: Any = None
+    into: Any = None
     comm: Any = None
-    sends: bool = False
 
-    def channel(self, base: Any, timeout: float) -> Any:
+    def channel(self, base: Any) -> Any:
         """The core's channel; ``base`` is the channel that messages and notes go over."""
         if self.path == "p2p":
             return _core.p2p_channel(base, self.device, self.own, self.peer)
         if self.path == "nccl":
-            made = _core.nccl_channel(base, self.comm, STAGING_PIECE_BYTES, TRANSFER_SECONDS)
-            # NCCL connects on first use, which takes long.
-            made.warm_up(self.sends, timeout)
-            return made
+            return _core.nccl_channel(base, self.comm, self.own, self.into, TRANSFER_SECONDS)
         return base
 
 
@@ -176,7 +226,7 @@ def set_up_source(
     path, why = choose(own, peer, base)
     if path == "host":
         return Setup("host", why)
-    setup = Setup(path, why, device, sends=True)
+    setup = Setup(path, why, device)
     link = _Frames(connected, ends_at)
     if path == "p2p":
         try:
@@ -205,8 +255,9 @@ def set_up_source(
     except PipeliveError as error:
         link.send({"ok": False, "why": str(error)})
         return _fall_back(setup, peer, str(error))
-    link.send({"ok": True, "id": unique.hex()})
-    return _bring_up(setup, link, unique, 0, peer, ends_at)
+    seconds = _NCCL_SHARE * max(0.0, ends_at - time.monotonic())
+    link.send({"ok": True, "id": unique.hex(), "seconds": seconds})
+    return _bring_up(setup, link, unique, 0, peer, seconds)
 
 
 def set_up_target(
@@ -241,6 +292,8 @@ def set_up_target(
                 link.send({"ok": False, "why": str(error)})
                 return _fall_back(setup, own, f"the target cannot map it: {error}")
             link.send({"ok": True})
+            if setup.peer.writable:
+                setup.why += "; this driver maps the source's staging writable"
             return setup
     finally:
         for fd in fds:
@@ -249,27 +302,94 @@ def set_up_target(
         unique = bytes.fromhex(str(said.get("id")))
     except ValueError:
         raise ProtocolError("the source's NCCL id is no hexadecimal number") from None
-    return _bring_up(setup, link, unique, 1, own, ends_at)
+    seconds = _NCCL_SHARE * max(0.0, ends_at - time.monotonic())
+    said_seconds = said.get("seconds")
+    if isinstance(said_seconds, (int, float)) and not isinstance(said_seconds, bool):
+        seconds = max(0.0, min(seconds, said_seconds))  # who connects mostly has less time
+    return _bring_up(setup, link, unique, 1, own, seconds)
 
 
 def _bring_up(
-    setup: Setup, link: _Frames, unique: bytes, rank: int, target: Abilities, ends_at: float
+    setup: Setup, link: _Frames, unique: bytes, rank: int, target: Abilities, seconds: float
 ) -> Setup:
+    """Make the communicator and try it; both ends take it, or neither does.
+
+    The two go on in rounds: each says how it went and hears the other, and the first round in which
+    one of them failed is the last. While NCCL works the connection is watched, as an end whose own
+    NCCL has failed says so, or hangs up.
+    """
+    until = time.monotonic() + seconds
     why = ""
     try:
-        rest = max(0.0, ends_at - time.monotonic())
-        setup.comm = _core.NcclComm(nccl_candidates(), setup.device, unique, rank, 2, rest)
+        setup.own = _core.Staging(setup.device, STAGING_PIECE_BYTES, 1)
+        setup.into = _core.Staging(setup.device, STAGING_PIECE_BYTES, 1)
+        setup.comm = _core.NcclComm(
+            nccl_candidates(), setup.device, unique, rank, 2, seconds, link.fileno()
+        )
     except PipeliveError as error:
         why = str(error)
-    # The deadline was the communicator's; what is left to say takes a moment.
-    link.ends_at = max(ends_at, time.monotonic() + 5.0)
-    link.send({"ok": not why, "why": why})
-    answer = link.receive()
-    if why or not answer.get("ok"):
-        if setup.comm is not None:
-            setup.comm.abort()
-        return _fall_back(setup, target, why or f"the other end: {answer.get('why')}")
+    why, _ = _round(link, why)
+    if not why:
+        why = _first_transfer(setup, link, rank, until)
+    if why:
+        _let_go(setup)
+        return _fall_back(setup, target, why)
     return setup
+
+
+def _let_go(setup: Setup) -> None:
+    """End what was set up, without waiting: NCCL may need seconds to let go of it."""
+    if setup.comm is not None:
+        setup.comm.abort()
+    parts = [setup.comm, setup.own, setup.into]
+    setup.comm = setup.own = setup.into = None
+    threading.Thread(target=parts.clear, name="pipelive-nccl-end", daemon=True).start()
+
+
+def _first_transfer(setup: Setup, link: _Frames, rank: int, until: float) -> str:
+    """Transfer both ways; NCCL connects only then. Why it failed, at either end; empty if not.
+
+    Both devices' turns are in hand meanwhile. They are tried for, and given back where the other
+    end did not get its own.
+    """
+    name, _, _ = _core.device_identity(setup.device)
+    turn = _core.DeviceTurn(name)
+    ends_at = link.ends_at
+    while True:
+        why = ""
+        if time.monotonic() >= until:
+            why = f"the devices' turns were not free together; here {turn.holder or 'nobody'}"
+        mine: bool = not why and turn.try_take("NCCL's first transfer")
+        try:
+            link.ends_at = min(ends_at, time.monotonic() + _TURN_SECONDS)
+            why, theirs = _round(link, why, mine)
+            link.ends_at = ends_at
+            if why:
+                return why
+            if mine and theirs:
+                try:
+                    seconds = min(TRANSFER_SECONDS, max(0.0, until - time.monotonic()))
+                    setup.comm.exchange_staging(
+                        setup.own, setup.into, 1 - rank, seconds, link.fileno()
+                    )
+                except PipeliveError as error:
+                    why = str(error)
+                break
+        finally:
+            if mine:
+                turn.give()
+        time.sleep(random.uniform(0.0, 0.002))
+    why, _ = _round(link, why)
+    return why
+
+
+def _round(link: _Frames, why: str, turn: bool = False) -> tuple[str, bool]:
+    """Say how it went here; why it cannot go on, and whether the other end has its turn."""
+    link.send({"ok": not why, "why": why[:4000], "turn": turn})
+    answer = link.receive()
+    if not why and not answer.get("ok"):
+        why = f"the other end: {answer.get('why')}"
+    return why, answer.get("turn") is True
 
 
 def _fall_back(setup: Setup, target: Abilities, why: str) -> Setup:
@@ -284,6 +404,10 @@ class _Frames:
     def __init__(self, connected: socket.socket, ends_at: float) -> None:
         self._socket = connected
         self.ends_at = ends_at
+
+    def fileno(self) -> int:
+        """The socket's; readable once the peer has said more, or has gone."""
+        return self._socket.fileno()
 
     def send(self, content: Mapping[str, Any], fd: int | None = None) -> None:
         body = json.dumps(content).encode()

@@ -74,6 +74,9 @@ class ImportedPages {
   virtual ~ImportedPages() = default;
   [[nodiscard]] virtual std::byte* data() const noexcept = 0;
   [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+  /// Whether this process could write into them: where that was asked for, or where the device has
+  /// no read-only mappings.
+  [[nodiscard]] virtual bool writable() const noexcept = 0;
 };
 
 /// Virtual memory, copies and events of one kind of memory.

@@ -33,6 +33,9 @@ struct PatchLayer {
 /// The moving layers of a session, ascending. Their memory order may differ from the peer's and
 /// from each other's, and so may the peer's kind of device; what travels may not. The layers of one
 /// end share one copier.
+///
+/// While the object lives, the copier's stream is noted in the layers' memories, so that blocks are
+/// not unmapped under work that a call has left behind; longer where such work is still under way.
 class PatchLayers {
  public:
   /// Throws Error(invalid_argument) naming the layer: named twice, without memory, with a copier
@@ -50,6 +53,9 @@ class PatchLayers {
 
   /// Packs and unpacks the slots of all these layers; one thread at a time uses it.
   [[nodiscard]] SlotCopier& copier() const noexcept { return *copier_; }
+  [[nodiscard]] const std::shared_ptr<SlotCopier>& shared_copier() const noexcept {
+    return copier_;
+  }
 
   /// Bytes of one slot of one layer, as it travels.
   [[nodiscard]] std::size_t slot_bytes() const noexcept { return slot_bytes_; }
@@ -70,6 +76,7 @@ class PatchLayers {
   std::vector<std::uint32_t> ids_;
   std::shared_ptr<SlotCopier> copier_;
   std::vector<std::shared_ptr<const BlockMemory>> memories_;  // each once
+  std::shared_ptr<const void> noted_;                         // takes the copier's stream back
   std::size_t slot_bytes_ = 0;
   std::uint64_t max_blocks_ = 0;
 };

@@ -80,6 +80,10 @@ class Channel {
   /// Gives the message and what came beside it back, once its stream is done with it.
   void release();
 
+  /// Work in `stream` fills or reads what goes beside messages; its memory outlives that work.
+  /// `owner` is kept, as the stream must be, until then.
+  virtual void note_stream(Stream /*stream*/, std::shared_ptr<const void> /*owner*/) {}
+
   /// Ends everything at once: waiting calls return, every later call throws cancelled, the peer
   /// sees the channel closed without what was still on its way.
   virtual void cancel() noexcept = 0;

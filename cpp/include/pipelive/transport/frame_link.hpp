@@ -73,9 +73,12 @@ class FrameLink {
   void wait_room(std::size_t bytes, Deadline deadline);
   /// Sends a message; `wait_room` has returned for its size.
   void send(const Note& note, std::span<const std::byte> message, Deadline deadline);
-  void send(const Note& note, Deadline deadline);
+  /// Sends a note, which takes a moment: a peer that does not take it within seconds stands still,
+  /// and ends the link. No deadline of a caller's counts, since who sends notes may hold what
+  /// others wait for.
+  void send(const Note& note);
   /// As send, for notes that belong to the state that the mutex guards: `lock` is let go meanwhile.
-  void send(std::unique_lock<std::mutex>& lock, const Note& note, Deadline deadline);
+  void send(std::unique_lock<std::mutex>& lock, const Note& note);
 
   /// The oldest message that was not dropped yet, or null at the deadline; it stays where it is.
   [[nodiscard]] const Incoming* front(Deadline deadline);

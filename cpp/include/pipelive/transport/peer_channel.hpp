@@ -47,6 +47,7 @@ class PeerChannel final : public Channel {
   [[nodiscard]] std::size_t max_bulk_bytes() const noexcept override {
     return options_.own ? options_.own->shape().piece_bytes : 0;
   }
+  void note_stream(Stream stream, std::shared_ptr<const void> owner) override;
   void cancel() noexcept override { link_.cancel(); }
   void close() noexcept override { link_.close(); }
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "pipelive/base/deadline.hpp"
@@ -81,6 +82,13 @@ class SlotCopier {
 
   /// Waits until everything that was scattered is in its place.
   virtual void finish(Deadline deadline) = 0;
+
+  /// The stream that all its work runs in; empty where a call leaves nothing under way. After
+  /// Error(timeout) the work of that call is still in it: what it reads and writes must stay until
+  /// idle().
+  [[nodiscard]] virtual std::optional<Stream> work_stream() const noexcept { return std::nullopt; }
+  /// Whether nothing is under way. From any thread.
+  [[nodiscard]] virtual bool idle() const noexcept { return true; }
 };
 
 /// The copier for layers in host memory: the functions of slot_copy.hpp. Packed bytes lie in host

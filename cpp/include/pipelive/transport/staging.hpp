@@ -2,7 +2,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "pipelive/device/device.hpp"
 
@@ -21,6 +25,22 @@ struct StagingShape {
 /// multiples of 256 bytes.
 void check_shape(const StagingShape& shape);
 
+/// The streams whose work touches some memory, and what to do so that it outlives that work.
+class StreamUsers {
+ public:
+  /// `owner` keeps the stream; it is kept itself.
+  void note(Stream stream, std::shared_ptr<const void> owner) const;
+  /// Calls `free` at once where all work that the streams have been given is done; else puts it
+  /// aside until that is so, and looks again whenever staging is made or let go of. Never waits.
+  void free_when_done(Device& device, std::function<void()> free) noexcept;
+  /// What was put aside and is due. Returns how much is left.
+  static std::size_t free_due() noexcept;
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<Stream, std::shared_ptr<const void>>> streams_;
+};
+
 /// Fixed pieces of a device's memory that payloads are packed into before they travel. One physical
 /// allocation, so that one descriptor hands all of it to another process.
 class Staging {
@@ -36,6 +56,7 @@ class Staging {
   [[nodiscard]] std::byte* piece(std::uint32_t index) const noexcept {
     return address_ + index * shape_.piece_bytes;
   }
+  [[nodiscard]] const StreamUsers& users() const noexcept { return users_; }
   /// For another process; it may map this for as long as it likes.
   [[nodiscard]] ExportedPages export_memory() const;
 
@@ -44,6 +65,7 @@ class Staging {
   StagingShape shape_;
   std::byte* address_ = nullptr;
   PageHandle page_ = kNoPage;
+  StreamUsers users_;
 };
 
 /// Another process's staging, mapped here; this end only reads it.
@@ -51,16 +73,24 @@ class PeerStaging {
  public:
   /// Nothing about `exported` and `shape` is believed: throws Error(protocol) where they contradict
   /// each other, and what the device throws where it cannot map them.
-  PeerStaging(Device& device, const ExportedPages& exported, StagingShape shape);
+  PeerStaging(std::shared_ptr<Device> device, const ExportedPages& exported, StagingShape shape);
+  ~PeerStaging();
+  PeerStaging(const PeerStaging&) = delete;
+  PeerStaging& operator=(const PeerStaging&) = delete;
 
   [[nodiscard]] const StagingShape& shape() const noexcept { return shape_; }
   [[nodiscard]] std::byte* piece(std::uint32_t index) const noexcept {
     return pages_->data() + index * shape_.piece_bytes;
   }
+  [[nodiscard]] const StreamUsers& users() const noexcept { return users_; }
+  /// Whether this end could write into it all the same, as its device has no read-only mappings.
+  [[nodiscard]] bool writable() const noexcept { return pages_->writable(); }
 
  private:
+  std::shared_ptr<Device> device_;
   StagingShape shape_;
-  std::unique_ptr<ImportedPages> pages_;
+  std::shared_ptr<ImportedPages> pages_;
+  StreamUsers users_;
 };
 
 }  // namespace pipelive

@@ -26,7 +26,7 @@ class Nccl {
   /// The library that this process has loaded already, if there is one: two copies in one process
   /// would not know of each other. Else the first of `candidates` (paths, or names that the loader
   /// searches) that opens, has every entry point and is new enough. Throws Error(device) that says
-  /// for each why it was not.
+  /// for each why it was not, or that NCCL_COMM_BLOCKING is set.
   [[nodiscard]] static std::shared_ptr<const Nccl> open(std::span<const std::string> candidates);
 
   [[nodiscard]] const NcclApi& api() const noexcept { return api_; }
@@ -38,6 +38,10 @@ class Nccl {
   /// Throws Error(device) for any result but success and in progress: "ncclSend:
   /// ncclInvalidUsage (5): invalid usage; ...".
   void check(NcclResult result, std::string_view call, NcclCommHandle comm = nullptr) const;
+  /// As check, of a communicator that is up: throws Error(closed) for the results that a lost
+  /// connection or a peer that died shows as (remote, system and internal error).
+  void check_transfer(NcclResult result, std::string_view call,
+                      NcclCommHandle comm = nullptr) const;
   [[nodiscard]] std::string describe(NcclResult result, std::string_view call,
                                      NcclCommHandle comm) const;
 

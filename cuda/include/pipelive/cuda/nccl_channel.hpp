@@ -34,8 +34,9 @@ class NcclChannel final : public Channel {
   struct Options {
     std::shared_ptr<NcclComm> comm;    ///< of exactly the two ends
     std::shared_ptr<DeviceTurn> turn;  ///< of the communicator's device
-    /// Of the staging buffers, one for sending and one for receiving; the same at both ends.
-    std::size_t piece_bytes = StagingShape{}.piece_bytes;
+    /// For sending and for receiving, of one piece each and of the same size at both ends.
+    std::shared_ptr<Staging> out;
+    std::shared_ptr<Staging> in;
     std::size_t window_bytes = std::size_t{8} << 20;  ///< the same at both ends
     /// How long a transfer may take once both ends have issued it.
     std::chrono::nanoseconds transfer_limit = std::chrono::seconds(10);
@@ -55,8 +56,9 @@ class NcclChannel final : public Channel {
   [[nodiscard]] bool peer_can_write_received() const noexcept override { return false; }
   [[nodiscard]] const Device* bulk_device() const noexcept override { return comm_.device().get(); }
   [[nodiscard]] std::size_t max_bulk_bytes() const noexcept override {
-    return out_staging_->shape().piece_bytes;
+    return options_.out->shape().piece_bytes;
   }
+  void note_stream(Stream stream, std::shared_ptr<const void> owner) override;
   void cancel() noexcept override;
   void close() noexcept override;
 
@@ -83,8 +85,6 @@ class NcclChannel final : public Channel {
 
   Options options_;
   NcclComm& comm_;
-  std::shared_ptr<Staging> out_staging_;
-  std::shared_ptr<Staging> in_staging_;
   AlignedBuffer out_;
   bool lent_ = false;
   std::uint64_t next_number_ = 1;

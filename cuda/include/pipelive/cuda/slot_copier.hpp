@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "pipelive/cuda/driver.hpp"
@@ -39,8 +40,8 @@ class CudaSlotCopier final : public SlotCopier {
   ~CudaSlotCopier() override;
 
   /// A copier with the default options that goes back to a small store when it is let go of: to
-  /// free its buffers would make the driver wait for the whole device. Throws as the constructor
-  /// does.
+  /// free its buffers would make the driver wait for the whole device. One whose work is not done
+  /// then is lent again only once it is. Throws as the constructor does.
   [[nodiscard]] static std::shared_ptr<CudaSlotCopier> lend(
       const std::shared_ptr<const PrimaryContext>& context);
   /// Empties the store; for tests, which take the driver down.
@@ -59,6 +60,8 @@ class CudaSlotCopier final : public SlotCopier {
                                   Deadline deadline) override;
   void copy(Packed out, ConstPacked in, Deadline deadline) override;
   void finish(Deadline deadline) override;
+  [[nodiscard]] std::optional<Stream> work_stream() const noexcept override;
+  [[nodiscard]] bool idle() const noexcept override;
 
   // -- for transports that carry packed bytes in device memory (P2P, NCCL): enqueue and return ----
 

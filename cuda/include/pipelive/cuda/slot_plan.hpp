@@ -54,8 +54,8 @@ struct DirectCopy {
   std::uint64_t rows = 1;
   std::uint64_t pitch = 0;
 };
-/// The copies for the packed bytes [begin, end) of a part that the copy engine moves: three at
-/// most.
+/// The copies for the packed bytes [begin, end) of a part that the copy engine moves: four at
+/// most. No row's pitch runs past the end of the last row.
 [[nodiscard]] std::vector<DirectCopy> direct_copies(const SlotPlan::Part& part, std::uint64_t begin,
                                                     std::uint64_t end);
 
