@@ -56,6 +56,7 @@ struct Reservation {
 struct FakeStream {
   std::deque<std::function<bool()>> work;  ///< true: done; false: has to wait
   bool held = false;
+  int priority = 0;
   CaptureStatus capture = CaptureStatus::none;
 };
 

@@ -132,6 +132,11 @@ FAKE_EXPORT int fake_driver_pending(void* stream) {
   fake::each_stream([&any](const FakeStream& each) { any = any || !each.work.empty(); });
   return any ? 1 : 0;
 }
+FAKE_EXPORT int fake_driver_streams(int priority) {
+  const Lock lock(state().mutex);
+  return static_cast<int>(
+      std::ranges::count(state().streams, priority, [](FakeStream* s) { return s->priority; }));
+}
 FAKE_EXPORT void fake_driver_capture(void* stream, int on) {
   const Lock lock(state().mutex);
   fake::find_stream(static_cast<StreamHandle>(stream))->capture =
@@ -143,6 +148,7 @@ FAKE_EXPORT Result cuStreamCreateWithPriority(StreamHandle* stream, unsigned fla
   if (const Result result = enter_context("cuStreamCreateWithPriority")) return result;
   if (flags > kStreamNonBlocking || priority > 0 || priority < -5) return kInvalidValue;
   auto* made = new FakeStream();
+  made->priority = priority;
   state().streams.insert(made);
   *stream = reinterpret_cast<StreamHandle>(made);
   return kSuccess;

@@ -164,6 +164,15 @@ TEST_F(Append, WrongArgumentsAreNamed) {
   EXPECT_EQ(count("cuLaunchKernel"), 0U);
 }
 
+TEST_F(Append, MarksAreTakenAtHighPriority) {
+  const auto urgent = [&] { return call<FakeDriverStreams>("fake_driver_streams")(-5); };
+  const int before = urgent();
+  const DeviceMarks marks(kernels, 10);
+  EXPECT_EQ(urgent(), before + 1);
+  const OwnStream normal(context);
+  EXPECT_EQ(urgent(), before + 1);
+}
+
 class Marked : public Append {
  protected:
   static constexpr std::uint64_t kSlots = 100'000;
