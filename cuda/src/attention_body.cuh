@@ -56,18 +56,12 @@ class Block {
     const int run = block_x() % p_.runs;
     if (!tile_of(p_, slot, &tile_)) return;
     const int position = tile_.sequence.len - tile_.sequence.count;
-    bool loaded = false;
 #pragma unroll 1
     for (int row = tile_.row_begin; row < tile_.row_end;) {
       const Pass pass = pass_at(row, tile_.row_end, p_.group, position, p_.window);
       row = pass.row_end;
       const SplitRange splits = run_of(run, p_.runs, pass.num_splits);
       if (splits.begin == splits.end) continue;
-      if (!loaded) {
-        math_.load_query(p_, shared_, tile_.row_end - tile_.row_begin,
-                         [this](int r) { return query_row(tile_.row_begin + r); });
-        loaded = true;
-      }
       attend(pass, splits);
     }
   }
@@ -103,6 +97,12 @@ class Block {
 #pragma unroll 1
     for (int stage = 0; stage < p_.stages - 1; ++stage) {
       loader.issue(stages + static_cast<unsigned>(stage * shared_.stage_bytes));
+    }
+    // Behind the first copies, which are under way while these loads are waited for.
+    if (!query_loaded_) {
+      math_.load_query(p_, shared_, tile_.row_end - tile_.row_begin,
+                       [this](int r) { return query_row(tile_.row_begin + r); });
+      query_loaded_ = true;
     }
     for (int r = thread_; r < Math::kRows; r += kThreads) {
       const int row = tile_.row_begin + r;
@@ -271,6 +271,7 @@ class Block {
   const int warp_;
   const int kv_head_;
   Tile tile_;
+  bool query_loaded_ = false;
   Math math_;
 };
 
