@@ -275,16 +275,33 @@ class Block {
   Math math_;
 };
 
-/// One warp per query row: folds what several blocks left of it, in order; rows of empty sequences
-/// and behind the last become 0, rows of a sequence whose numbers contradict each other NaN.
+/// What a row becomes to which no block wrote.
+template <typename Out>
+PIPELIVE_DEVICE void fill_row(const Params& p, int token, int head, float fill) {
+  const int lane = thread_id() % 32;
+  const float v[4] = {fill, fill, fill, fill};
+  for (int dim = lane * 4; dim < p.head_dim; dim += 128) {
+    store_four(
+        static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim, v,
+        p.out_aligned);
+  }
+  if (lane == 0 && p.lse != nullptr) {
+    p.lse[static_cast<long long>(token) * p.q_heads + head] =
+        fill == 0.0f ? minus_infinity() : fill;
+  }
+}
+
+/// One warp per query row, see finish_rows: folds what several blocks left of it, in order; rows of
+/// empty sequences and behind the last become 0, rows of a sequence whose numbers contradict each
+/// other NaN.
 template <typename Out>
 PIPELIVE_DEVICE void finish(const Params& p) {
   constexpr int kMost = kMaxHeadDim / 128;
   const int lane = thread_id() % 32;
   const long long row = static_cast<long long>(block_x()) * kWarps + thread_id() / 32;
-  if (row >= static_cast<long long>(p.tokens) * p.q_heads) return;
-  const int token = static_cast<int>(row / p.q_heads);
-  const int head = static_cast<int>(row % p.q_heads);
+  if (row >= finish_rows(p.tokens, p.q_heads, p.runs)) return;
+  const int token = static_cast<int>(p.runs == 1 ? row : row / p.q_heads);
+  const int head = static_cast<int>(p.runs == 1 ? 0 : row % p.q_heads);
   const int seq = sequence_of_token(p, token);
   float fill = 0.0f;
   if (seq >= 0) {
@@ -292,6 +309,7 @@ PIPELIVE_DEVICE void finish(const Params& p) {
     const bool mine = token >= s.start && token - s.start < s.count;
     if (s.state == Sequence::kInvalid || !mine) fill = not_a_number();
     if (s.state == Sequence::kValid && mine) {
+      if (p.runs == 1) return;  // every block wrote its result
       const int local = (token - s.start) * p.group + head % p.group;
       const int tile_begin = local / p.tile_rows * p.tile_rows;
       const int rows = s.count * p.group;
@@ -364,13 +382,11 @@ PIPELIVE_DEVICE void finish(const Params& p) {
       return;
     }
   }
-  const float v[4] = {fill, fill, fill, fill};
-  for (int dim = lane * 4; dim < p.head_dim; dim += 128) {
-    store_four(
-        static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim, v,
-        p.out_aligned);
+  if (p.runs == 1) {
+    for (int each = 0; each < p.q_heads; ++each) fill_row<Out>(p, token, each, fill);
+  } else {
+    fill_row<Out>(p, token, head, fill);
   }
-  if (lane == 0 && p.lse != nullptr) p.lse[row] = fill == 0.0f ? minus_infinity() : fill;
 }
 
 /// One block per sequence: counts the table entries that attention would look up and that name no
