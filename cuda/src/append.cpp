@@ -144,6 +144,9 @@ void append(const SlotKernels& kernels, const KVView& kv, const TokenView& key,
   if (to % size_of(kv.dtype) != 0) refuse("kv", "misaligned", "whole elements");
   const Choice choice = choose(kernels, kv, key.dtype, from, to);
   args.row_items = static_cast<u32>(kv.head_dim) / choice.numbers;
+  args.token_shift = shift_of(2 * args.heads * args.row_items);
+  args.row_shift = shift_of(args.row_items);
+  args.block_shift = shift_of(args.block_size);
 
   const std::int64_t token_items = 2 * kv.kv_heads * args.row_items;
   const std::int64_t most_tokens = std::numeric_limits<std::int32_t>::max() / token_items;

@@ -196,7 +196,9 @@ AttentionLaunch plan_attention(const AttentionArgs& args, const DeviceLimits& li
   launch.finish_file = {"attention_finish", {}};
   launch.finish_kernel = "pipelive_attention_finish_" + q;
   if (query.tokens > 0) {
-    launch.finish_grid = static_cast<unsigned>((rows + attention::kWarps - 1) / attention::kWarps);
+    launch.finish_grid = static_cast<unsigned>(
+        (attention::finish_rows(p.tokens, p.q_heads, p.runs) + attention::kWarps - 1) /
+        attention::kWarps);
     launch.grid = static_cast<unsigned>(slots * runs * kv.kv_heads);
   }
   return launch;

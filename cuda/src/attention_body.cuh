@@ -56,18 +56,12 @@ class Block {
     const int run = block_x() % p_.runs;
     if (!tile_of(p_, slot, &tile_)) return;
     const int position = tile_.sequence.len - tile_.sequence.count;
-    bool loaded = false;
 #pragma unroll 1
     for (int row = tile_.row_begin; row < tile_.row_end;) {
       const Pass pass = pass_at(row, tile_.row_end, p_.group, position, p_.window);
       row = pass.row_end;
       const SplitRange splits = run_of(run, p_.runs, pass.num_splits);
       if (splits.begin == splits.end) continue;
-      if (!loaded) {
-        math_.load_query(p_, shared_, tile_.row_end - tile_.row_begin,
-                         [this](int r) { return query_row(tile_.row_begin + r); });
-        loaded = true;
-      }
       attend(pass, splits);
     }
   }
@@ -103,6 +97,12 @@ class Block {
 #pragma unroll 1
     for (int stage = 0; stage < p_.stages - 1; ++stage) {
       loader.issue(stages + static_cast<unsigned>(stage * shared_.stage_bytes));
+    }
+    // Behind the first copies, which are under way while these loads are waited for.
+    if (!query_loaded_) {
+      math_.load_query(p_, shared_, tile_.row_end - tile_.row_begin,
+                       [this](int r) { return query_row(tile_.row_begin + r); });
+      query_loaded_ = true;
     }
     for (int r = thread_; r < Math::kRows; r += kThreads) {
       const int row = tile_.row_begin + r;
@@ -271,19 +271,37 @@ class Block {
   const int warp_;
   const int kv_head_;
   Tile tile_;
+  bool query_loaded_ = false;
   Math math_;
 };
 
-/// One warp per query row: folds what several blocks left of it, in order; rows of empty sequences
-/// and behind the last become 0, rows of a sequence whose numbers contradict each other NaN.
+/// What a row becomes to which no block wrote.
+template <typename Out>
+PIPELIVE_DEVICE void fill_row(const Params& p, int token, int head, float fill) {
+  const int lane = thread_id() % 32;
+  const float v[4] = {fill, fill, fill, fill};
+  for (int dim = lane * 4; dim < p.head_dim; dim += 128) {
+    store_four(
+        static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim, v,
+        p.out_aligned);
+  }
+  if (lane == 0 && p.lse != nullptr) {
+    p.lse[static_cast<long long>(token) * p.q_heads + head] =
+        fill == 0.0f ? minus_infinity() : fill;
+  }
+}
+
+/// One warp per query row, see finish_rows: folds what several blocks left of it, in order; rows of
+/// empty sequences and behind the last become 0, rows of a sequence whose numbers contradict each
+/// other NaN.
 template <typename Out>
 PIPELIVE_DEVICE void finish(const Params& p) {
   constexpr int kMost = kMaxHeadDim / 128;
   const int lane = thread_id() % 32;
   const long long row = static_cast<long long>(block_x()) * kWarps + thread_id() / 32;
-  if (row >= static_cast<long long>(p.tokens) * p.q_heads) return;
-  const int token = static_cast<int>(row / p.q_heads);
-  const int head = static_cast<int>(row % p.q_heads);
+  if (row >= finish_rows(p.tokens, p.q_heads, p.runs)) return;
+  const int token = static_cast<int>(p.runs == 1 ? row : row / p.q_heads);
+  const int head = static_cast<int>(p.runs == 1 ? 0 : row % p.q_heads);
   const int seq = sequence_of_token(p, token);
   float fill = 0.0f;
   if (seq >= 0) {
@@ -291,6 +309,7 @@ PIPELIVE_DEVICE void finish(const Params& p) {
     const bool mine = token >= s.start && token - s.start < s.count;
     if (s.state == Sequence::kInvalid || !mine) fill = not_a_number();
     if (s.state == Sequence::kValid && mine) {
+      if (p.runs == 1) return;  // every block wrote its result
       const int local = (token - s.start) * p.group + head % p.group;
       const int tile_begin = local / p.tile_rows * p.tile_rows;
       const int rows = s.count * p.group;
@@ -363,13 +382,11 @@ PIPELIVE_DEVICE void finish(const Params& p) {
       return;
     }
   }
-  const float v[4] = {fill, fill, fill, fill};
-  for (int dim = lane * 4; dim < p.head_dim; dim += 128) {
-    store_four(
-        static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + dim, v,
-        p.out_aligned);
+  if (p.runs == 1) {
+    for (int each = 0; each < p.q_heads; ++each) fill_row<Out>(p, token, each, fill);
+  } else {
+    fill_row<Out>(p, token, head, fill);
   }
-  if (lane == 0 && p.lse != nullptr) p.lse[row] = fill == 0.0f ? minus_infinity() : fill;
 }
 
 /// One block per sequence: counts the table entries that attention would look up and that name no

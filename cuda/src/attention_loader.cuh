@@ -30,7 +30,16 @@ class Loader {
         begin_(begin),
         end_(end),
         lane_(thread_id() % 32) {
+    // Divided once; from tile to tile the quotient and the rest only step on.
+    const unsigned size = static_cast<unsigned>(p.block_size);
+    constexpr unsigned kStep = kWarps * kTokens;
+    step_blocks_ = static_cast<int>(kStep / size);
+    step_tokens_ = static_cast<int>(kStep % size);
+    const unsigned token = static_cast<unsigned>(tile * kTokens + lane_ % kTokens);
+    index_ = static_cast<int>(token / size);
+    offset_ = ahead_offset_ = static_cast<int>(token % size);
     block_ = resolve(look_up(tile));
+    step();
     ahead_ = look_up(tile + kWarps);
   }
 
@@ -45,9 +54,7 @@ class Loader {
         source = kPoison;
         if (block_ >= 0 && block_ < p_.num_blocks) {
           source = reinterpret_cast<long long>(base_) + block_ * p_.block_stride +
-                   static_cast<int>(static_cast<unsigned>(token) %
-                                    static_cast<unsigned>(p_.block_size)) *
-                       p_.token_stride;
+                   offset_ * p_.token_stride;
         }
       }
       // Nearly all tiles are whole, and are copied without a look at each chunk.
@@ -59,7 +66,10 @@ class Loader {
     }
     cp_async_commit();
     tile_ += kWarps;
+    offset_ += step_tokens_;
+    if (offset_ >= p_.block_size) offset_ -= p_.block_size;
     block_ = resolve(ahead_);
+    step();
     ahead_ = look_up(tile_ + kWarps);
   }
 
@@ -89,10 +99,19 @@ class Loader {
     }
   }
 
+  /// Brings what is looked up ahead to the warp's next tile.
+  PIPELIVE_DEVICE void step() {
+    index_ += step_blocks_;
+    ahead_offset_ += step_tokens_;
+    if (ahead_offset_ >= p_.block_size) {
+      ahead_offset_ -= p_.block_size;
+      ++index_;
+    }
+  }
   PIPELIVE_DEVICE int look_up(int tile) const {
     const long long token = static_cast<long long>(tile) * kTokens + lane_ % kTokens;
     if (token < begin_ || token >= end_) return -1;
-    return table_[static_cast<unsigned>(token) / static_cast<unsigned>(p_.block_size)];
+    return table_[index_];
   }
   PIPELIVE_DEVICE int resolve(int id) const {
     if (p_.block_map == nullptr) return id;
@@ -107,7 +126,12 @@ class Loader {
   const int begin_;
   const int end_;
   const int lane_;
+  int step_blocks_;  // from one tile to the next: whole blocks, and tokens beside them
+  int step_tokens_;
+  int offset_;  // of this lane's token of the next tile, in its block `block_`
   int block_;
+  int index_;  // where in the table `ahead_` was, and the offset that goes with it
+  int ahead_offset_;
   int ahead_;
 };
 

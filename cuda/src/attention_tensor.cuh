@@ -104,7 +104,14 @@ class TensorMath {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = scores(s[n][i]);
+      for (int i = 0; i < 4; ++i) s[n][i] = mul_rn(s[n][i], scores.scale);
+    }
+    if (scores.cap > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = mul_rn(scores.cap, tanh_of(s[n][i]));
+      }
     }
     if (token < scores.unmasked_begin || token + kTokens > scores.unmasked_end) {
 #pragma unroll
@@ -118,7 +125,11 @@ class TensorMath {
     }
     unsigned weights[kColumnTiles][2];
     soften(s, weights);
-    multiply_values(stage + KVLoader::kHalfBytes, weights);
+    if (kColumnTiles == 1 || active_ == kColumnTiles) {
+      multiply_values<true>(stage + KVLoader::kHalfBytes, weights);
+    } else {
+      multiply_values<false>(stage + KVLoader::kHalfBytes, weights);
+    }
   }
 
   /// The rows' maxima and sums over all of this warp's tokens, to statistics arrays of the block.
@@ -144,7 +155,7 @@ class TensorMath {
   PIPELIVE_DEVICE void store(float* part, int stride, bool add, Factor factor) const {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      if (n >= active_) continue;
+      if (!used(n)) continue;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int row = n * 8 + lane_ % 4 * 2 + j;
@@ -164,6 +175,8 @@ class TensorMath {
   }
 
  private:
+  /// The first column tile always is: said here so that a compiler does not predicate it.
+  PIPELIVE_DEVICE bool used(int n) const { return n == 0 || n < active_; }
   static constexpr int kSteps = kDim / 16;
   static constexpr int kChunks = KVLoader::kChunks;
   static constexpr bool kInRegisters = kColumnTiles == 1;
@@ -192,7 +205,7 @@ class TensorMath {
         // Matrices: two halves of the dims of eight rows, then of the next eight.
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
-          if (n >= active_) continue;
+          if (!used(n)) continue;
           const int r = n * 8 + lane_ / 16 * 8 + lane_ % 8;
           const int chunk = 2 * k + lane_ / 8 % 2;
           unsigned b[4];
@@ -211,7 +224,7 @@ class TensorMath {
     float factors[kColumnTiles][2];
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      if (n >= active_) {
+      if (!used(n)) {
         factors[n][0] = factors[n][1] = 1.0f;
         weights[n][0] = weights[n][1] = 0;
         continue;
@@ -247,6 +260,8 @@ class TensorMath {
     }
   }
 
+  /// kAll: every column tile is used, and none is asked about between the products.
+  template <bool kAll>
   PIPELIVE_DEVICE void multiply_values(unsigned values,
                                        const unsigned (&weights)[kColumnTiles][2]) {
     // Matrices: two halves of the dims of tokens 0 to 7, then of tokens 8 to 15.
@@ -258,7 +273,7 @@ class TensorMath {
       load_matrix_transposed(a, base + swizzle(2 * d + lane_ / 8 % 2, row, kChunks) * 16);
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        if (n < active_) multiply_add(T{}, acc_[d][n], a, weights[n][0], weights[n][1]);
+        if (kAll || used(n)) multiply_add(T{}, acc_[d][n], a, weights[n][0], weights[n][1]);
       }
     }
   }

@@ -9,7 +9,7 @@ namespace {
 constexpr std::size_t kSumBytes = std::size_t{64} << 10;
 constexpr u32 kLeastRows = 4;
 constexpr u32 kMostRows = 64;
-constexpr u32 kWantedTiles = 256;  // enough to occupy any device
+constexpr u32 kWantedTiles = 1024;  // eight blocks for each of a large device's multiprocessors
 constexpr u32 kMostBlocks = 1024;
 // A piece's sums fit the buffer.
 constexpr std::uint64_t kMostBytes =

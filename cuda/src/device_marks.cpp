@@ -50,7 +50,9 @@ DeviceMarks::DeviceMarks(std::shared_ptr<const SlotKernels> kernels, std::uint64
   bytes_ = (num_sets_ + 1) * set_bytes + chunk_bytes + kRanges + range_bytes;
 
   const CallScope scope(*kernels_->context());
-  stream_ = std::make_unique<OwnStream>(kernels_->context());
+  // Whoever collects waits for these kernels: short ones, which a busy device should not keep
+  // behind the blocks of a long one.
+  stream_ = std::make_unique<OwnStream>(kernels_->context(), OwnStream::Priority::high);
   events_ = std::make_shared<EventPool>(kernels_->context());
   auto memory = std::make_unique<DeviceBuffer>(driver(), bytes_);
   pinned_ = std::make_unique<PinnedBuffer>(

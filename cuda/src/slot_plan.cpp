@@ -60,8 +60,8 @@ class Planner {
       refuse("one block takes " + std::to_string(first.slot_bytes() * first.block_size) +
              " bytes in pieces of " + std::to_string(vector) + ", expected 1 to 2^30 - 1 pieces");
     }
-    plan_.shape = {first.block_size, static_cast<u32>(first.fragment_bytes / vector),
-                   static_cast<u32>(slot_vectors), vector};
+    plan_.shape = shape_of(first.block_size, static_cast<u32>(first.fragment_bytes / vector),
+                           static_cast<u32>(slot_vectors), vector);
     block_bytes_ = first.slot_bytes() * first.block_size;
     // Whole blocks, so that the canonical order does not see where a range is cut.
     most_slots_ = (kMostVectors - 1) / (slot_vectors * first.block_size) * first.block_size;

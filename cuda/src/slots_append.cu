@@ -5,10 +5,40 @@ namespace pipelive::cuda {
 namespace {
 
 struct DeviceMemory {
-  static __device__ __forceinline__ u32 load(const u32* word) {
-    u32 value;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(word));
-    return value;
+  // Volatile, so that no compiler moves them behind the look at the slot.
+  static __device__ __forceinline__ Vector16 fetch(const Vector16* from) {
+    Vector16 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+  }
+  static __device__ __forceinline__ Floats4 fetch(const Floats4* from) {
+    Floats4 v;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from));
+    return v;
+  }
+  static __device__ __forceinline__ i64 fetch(const i64* from) {
+    i64 v;
+    asm volatile("ld.global.s64 %0, [%1];" : "=l"(v) : "l"(from));
+    return v;
+  }
+  static __device__ __forceinline__ u32 fetch(const u32* from) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+  }
+  static __device__ __forceinline__ u16 fetch(const u16* from) {
+    u16 v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return v;
+  }
+  static __device__ __forceinline__ float fetch(const float* from) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
   }
   static __device__ __forceinline__ void set_bits(u32* word, u32 bits) { atomicOr(word, bits); }
   static __device__ __forceinline__ void add(u64* number, u64 more) { atomicAdd(number, more); }

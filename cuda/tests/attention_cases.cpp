@@ -165,6 +165,9 @@ std::string Batch::emulate(attention::emulator::Order order, int runs, int stage
   if (runs > 0) {
     launch.grid = launch.grid / static_cast<unsigned>(p.runs) * static_cast<unsigned>(runs);
     p.runs = runs;
+    launch.finish_grid = static_cast<unsigned>(
+        (attention::finish_rows(p.tokens, p.q_heads, runs) + attention::kWarps - 1) /
+        attention::kWarps);
   }
   if (stages > 0) {
     const bool tensor = args_.query.dtype != DType::float32;

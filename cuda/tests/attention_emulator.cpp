@@ -71,11 +71,18 @@ struct Copy {
   const void* global;
 };
 
+/// 16 bytes that a thread wrote, and that no other may rely on yet.
+struct Written {
+  unsigned shared;
+  Vector bytes;
+};
+
 struct Thread {
   Context context{};
   std::unique_ptr<std::byte[]> stack{new std::byte[kStackBytes]};
   std::vector<Copy> open;                ///< of the group that is not committed
   std::deque<std::vector<Copy>> groups;  ///< committed, oldest first
+  std::vector<Written> written;          ///< since its last barrier
   bool done = false;
 };
 
@@ -148,6 +155,7 @@ void run_block(Machine& m) {
     thread.done = false;
     thread.open.clear();
     thread.groups.clear();
+    thread.written.clear();
     make_context(thread.context, thread.stack.get(), &thread_main);
     m.ready.push_back(i);
   }
@@ -225,12 +233,40 @@ void* shared_pointer(unsigned address, std::size_t bytes, std::size_t alignment)
   return machine->shared->begin() + (address - kSharedBase);
 }
 
+namespace {
+
+/// What some threads wrote before a barrier becomes visible, now that all of them have come to it.
+void show_written(int first, int count) {
+  for (int i = first; i < first + count; ++i) {
+    Thread& thread = machine->threads[static_cast<std::size_t>(i)];
+    for (const Written& each : thread.written) {
+      std::memcpy(shared_pointer(each.shared, 16, 16), &each.bytes, 16);
+    }
+    thread.written.clear();
+  }
+}
+
+}  // namespace
+
+void sync_warp() {
+  together("sync_warp", nullptr, nullptr, 0, 0, [](const std::byte*, std::byte*) {
+    show_written(machine->current / kLanes * kLanes, kLanes);
+  });
+}
+
+void write_shared(unsigned shared, Vector value) {
+  // Poison, so that whoever reads it without a barrier in between computes nonsense.
+  std::memset(shared_pointer(shared, 16, 16), 0xFF, 16);
+  machine->thread().written.push_back({shared, value});
+}
+
 void sync_block() {
   Machine& m = *machine;
   if (++m.at_barrier < kThreads) {
     m.pause();
     return;
   }
+  show_written(0, kThreads);
   m.at_barrier = 0;
   for (int i = 0; i < kThreads; ++i) {
     if (i != m.current) m.ready.push_back(i);
@@ -287,7 +323,9 @@ void cp_async_wait(int pending) {
   auto& groups = machine->thread().groups;
   while (groups.size() > static_cast<std::size_t>(pending)) {
     for (const Copy& copy : groups.front()) {
-      std::memcpy(shared_pointer(copy.shared, 16, 16), copy.global, 16);
+      Vector value;
+      std::memcpy(&value, copy.global, 16);
+      machine->thread().written.push_back({copy.shared, value});
     }
     groups.pop_front();
   }
@@ -422,7 +460,7 @@ void multiply(const char* name, float (&c)[4], const unsigned (&a)[4], unsigned 
 }  // namespace
 
 void sync_warp() {
-  together("sync_warp", nullptr, nullptr, 0, 0, [](const std::byte*, std::byte*) {});
+  emulator::sync_warp();
 }
 bool any_in_warp(bool value) {
   const int in = value ? 1 : 0;
@@ -447,7 +485,7 @@ long long shuffle(long long value, int lane) {
 }
 
 void store_shared(unsigned shared, Vector value) {
-  std::memcpy(emulator::shared_pointer(shared, 16, 16), &value, 16);
+  emulator::write_shared(shared, value);
 }
 Vector load_shared(unsigned shared) {
   Vector value;

@@ -2,9 +2,10 @@
 
 // Runs the attention kernels' own source on the CPU: the functions of
 // cuda/src/attention_device.cuh, each thread of a block on a stack of its own. Warp-wide and
-// block-wide operations wait until all their threads have come; copies to shared memory are done
-// when they are waited for, and what lies where they will land is poisoned until then. Threads run
-// in an order that a test chooses.
+// block-wide operations wait until all their threads have come. What a thread stores to shared
+// memory 16 bytes at a time, and what it copies there, is poison to everyone until the thread has
+// waited for the copy and then come to a barrier of its warp or block. Threads run in an order that
+// a test chooses.
 
 #include <cmath>
 #include <cstddef>
@@ -53,6 +54,9 @@ unsigned shared_base();
 void* shared_pointer(unsigned address, std::size_t bytes, std::size_t alignment);
 
 void sync_block();
+void sync_warp();
+/// 16 bytes to shared memory, to be read behind the next barrier.
+void write_shared(unsigned shared, Vector value);
 /// All lanes of the warp bring `bytes` of input and take as many; the last to come runs `work`,
 /// which sees inputs and outputs of the 32 lanes one after the other.
 void together(const char* operation, const void* in, void* out, std::size_t in_bytes,

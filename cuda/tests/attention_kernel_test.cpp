@@ -260,20 +260,45 @@ TEST_F(KernelTest, SplitsThatGrowWithinATile) {
 }
 
 TEST_F(KernelTest, NumbersThatContradictEachOtherBecomeNaN) {
-  Problem p;
-  p.dtype = DType::bfloat16;
-  p.seq_lens = {40, 30, 20};
-  p.query_lens = {2, 2, 2};
-  Batch batch(p);
-  batch.reference();
-  batch.lens[1] = 1;     // fewer than its query tokens
-  batch.lens[2] = 1000;  // more than a row of the table holds
-  ASSERT_EQ(batch.emulate(), "");
-  for (std::size_t i = 0; i < batch.out.size(); ++i) {
-    const bool first = i < std::size_t{2} * 4 * 64;
-    EXPECT_EQ(std::isnan(batch.out.get(i)), !first) << i;
+  for (const int runs : {1, 3}) {
+    SCOPED_TRACE(runs);
+    Problem p;
+    p.dtype = DType::bfloat16;
+    p.seq_lens = {40, 30, 20, 0};
+    p.query_lens = {2, 2, 2, 2};
+    p.trailing_tokens = 3;
+    Batch batch(p);
+    batch.reference();
+    batch.lens[1] = 1;     // fewer than its query tokens
+    batch.lens[2] = 1000;  // more than a row of the table holds
+    ASSERT_EQ(batch.emulate(Order::forward, runs), "");
+    constexpr std::size_t kRow = 4 * 64;
+    for (std::size_t i = 0; i < batch.out.size(); ++i) {
+      const std::size_t token = i / kRow;
+      EXPECT_EQ(std::isnan(batch.out.get(i)), token >= 2 && token < 6) << i;
+      if (token >= 6) {
+        ASSERT_EQ(batch.out.get(i), 0.0f) << i;
+      }
+    }
+    for (std::size_t i = 0; i < batch.lse.size(); ++i) {
+      EXPECT_EQ(std::isnan(batch.lse[i]), i >= 8 && i < 24) << i;
+      if (i >= 24) {
+        EXPECT_EQ(batch.lse[i], -INFINITY) << i;
+      }
+    }
   }
-  EXPECT_TRUE(std::isnan(batch.lse[8]));
+}
+
+TEST_F(KernelTest, WhatIsNotSharedLeavesAWarpPerTokenToFinish) {
+  EXPECT_EQ(attention::finish_rows(7, 32, 1), 7);
+  EXPECT_EQ(attention::finish_rows(7, 32, 2), 7 * 32);
+  Problem p;
+  p.seq_lens = {40, 30};
+  p.query_lens = {5, 2};
+  Batch batch(p);
+  const AttentionLaunch launch = plan_attention(batch.args(), p.limits);
+  ASSERT_EQ(launch.params.runs, 1);
+  EXPECT_EQ(launch.finish_grid, 2U);
 }
 
 TEST_F(KernelTest, AnIdOutOfRangeMakesItsRowsNaNAndReadsNothing) {

@@ -46,6 +46,8 @@ using FakeDriverAttribute = void(int attribute, int value);
 /// Starts or ends holding work back: of one stream (1: the legacy default stream), or of all that
 /// are there for a null handle.
 using FakeDriverHold = void(void* stream, int held);
+/// How many streams of a priority there are: 0 is normal, -5 the most urgent.
+using FakeDriverStreams = int(int priority);
 /// Whether the stream (null: any of them) has work that is not done.
 using FakeDriverPending = int(void* stream);
 /// Gives a stream work that is done once `work` returns something else than 0; it is asked again

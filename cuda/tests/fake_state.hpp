@@ -69,6 +69,7 @@ struct FakeStream {
   const Kind kind;
   const int device;
   bool held = false;
+  int priority = 0;
   CaptureStatus capture = CaptureStatus::none;
   std::uint64_t capture_number = 0;  ///< of the capture under way; no two have the same
 };

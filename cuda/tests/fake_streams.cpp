@@ -192,6 +192,11 @@ FAKE_EXPORT void* fake_driver_newest_stream() {
   const Lock lock(state().mutex);
   return state().newest_stream;
 }
+FAKE_EXPORT int fake_driver_streams(int priority) {
+  const Lock lock(state().mutex);
+  return static_cast<int>(
+      std::ranges::count(state().streams, priority, [](FakeStream* s) { return s->priority; }));
+}
 FAKE_EXPORT void fake_driver_capture(void* stream, int on) {
   const Lock lock(state().mutex);
   FakeStream* const found = fake::find_stream(static_cast<StreamHandle>(stream));
@@ -218,6 +223,7 @@ FAKE_EXPORT Result cuStreamCreateWithPriority(StreamHandle* stream, unsigned fla
   auto* made = new FakeStream(
       flags == kStreamNonBlocking ? FakeStream::Kind::non_blocking : FakeStream::Kind::blocking,
       fake::current_device());
+  made->priority = priority;
   state().streams.insert(made);
   state().newest_stream = made;
   *stream = reinterpret_cast<StreamHandle>(made);

@@ -1,8 +1,11 @@
 #include "slots_emulation.hpp"
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <map>
 #include <numeric>
+#include <random>
 
 #include "pipelive/cuda/append_math.hpp"
 #include "pipelive/cuda/copy_math.hpp"
@@ -15,16 +18,47 @@ namespace {
 
 using Kernel = std::function<void(unsigned grid, const void* args)>;
 
+// What the running launch of append may read, and whether it read anything else.
+struct Readable {
+  u64 begin = 0;
+  u64 end = 0;
+};
+thread_local std::array<Readable, 4> readable;
+thread_local bool read_beyond = false;
+
 struct PlainMemory {
-  static u32 load(const u32* word) { return *word; }
+  template <typename T>
+  static T fetch(const T* from) {
+    const u64 begin = reinterpret_cast<std::uintptr_t>(from);
+    for (const Readable& part : readable) {
+      if (begin >= part.begin && begin + sizeof(T) <= part.end) return *from;
+    }
+    read_beyond = true;
+    return T{};
+  }
   static void set_bits(u32* word, u32 bits) { *word |= bits; }
   static void add(u64* number, u64 more) { *number += more; }
 };
 
+// Items in an order that no device promises, another one at each launch.
 template <typename Move>
 void append(unsigned grid, const void* raw) {
+  static thread_local std::mt19937 random(7);
   const auto& args = *static_cast<const AppendArgs*>(raw);
-  for (u32 item = 0; item < grid * kAppendThreads; ++item) {
+  const u64 tokens = args.items / (2 * args.heads * args.row_items);
+  const auto rows = [&](u64 base, i64 token_stride, i64 head_stride) {
+    return Readable{base, base + (tokens - 1) * static_cast<u64>(token_stride) +
+                              (args.heads - 1) * static_cast<u64>(head_stride) +
+                              u64{args.row_items} * Move::kFromBytes};
+  };
+  readable = {rows(args.key, args.key_token_stride, args.key_head_stride),
+              rows(args.value, args.value_token_stride, args.value_head_stride),
+              Readable{args.slots, args.slots + tokens * sizeof(i64)},
+              Readable{args.set, args.set + sizeof(u32)}};
+  std::vector<u32> items(std::size_t{grid} * kAppendThreads);
+  std::iota(items.begin(), items.end(), 0U);
+  std::shuffle(items.begin(), items.end(), random);
+  for (const u32 item : items) {
     if (item < args.items) append_item<Move, PlainMemory>(args, item);
   }
 }
@@ -183,8 +217,9 @@ bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block,
   const auto found = kernels().find(name);
   if (found == kernels().end() || block != found->second.threads || grid == 0) return false;
   refused = false;
+  read_beyond = false;
   found->second.run(grid, parameters[0]);
-  return !refused;
+  return !refused && !read_beyond;
 }
 
 void check_slot_access(SlotAccess* check) {

@@ -8,7 +8,8 @@
 // headers), only the barriers and sums in between are written again here.
 namespace pipelive::cuda::test {
 
-/// Runs a kernel as cuLaunchKernel would; false where there is none of that name.
+/// Runs a kernel as cuLaunchKernel would; false where there is none of that name, and where an
+/// append read keys, values or slots of more tokens than there are.
 bool emulate_slot_kernel(const std::string& name, unsigned grid, unsigned block, void** parameters);
 
 /// Asked before gather and scatter touch a slot of a layer; where it says no, the kernel does

@@ -88,14 +88,20 @@ TEST_F(Append, WritesWhatTheHostWrites) {
             SCOPED_TRACE(std::to_string(static_cast<int>(dtype)) + std::to_string(dim));
             Cache found(dtype, dim, heads_first);
             Cache wanted(dtype, dim, heads_first);
+            // Powers of two and others: some divide by shifting.
+            const std::int64_t heads = dim == 64 ? 2 : kHeads;
+            const std::int64_t block_size = shift != 0 ? kBlockSize - 1 : kBlockSize;
+            found.view.kv_heads = wanted.view.kv_heads = heads;
+            found.view.block_size = wanted.view.block_size = block_size;
             std::vector<std::int64_t> slots;
-            for (std::int64_t slot = 0; slot < kBlocks * kBlockSize; ++slot) {
+            for (std::int64_t slot = 0; slot < kBlocks * block_size; ++slot) {
               if (random() % 4 == 0) slots.push_back(random() % 6 == 0 ? -1 : slot);
             }
             std::shuffle(slots.begin(), slots.end(), random);
             const auto tokens = static_cast<std::int64_t>(slots.size());
-            const Tokens key(random, source, tokens, dim, shift);
-            const Tokens value(random, source, tokens, dim, 0);
+            Tokens key(random, source, tokens, dim, shift);
+            Tokens value(random, source, tokens, dim, 0);
+            key.view.heads = value.view.heads = heads;
             pipelive::append(wanted.view, key.view, value.view, slots);
             append(*kernels, found.view, key.view, value.view, pointer(slots), tokens, nullptr);
             for (std::int64_t i = 0;
@@ -156,6 +162,15 @@ TEST_F(Append, WrongArgumentsAreNamed) {
   const DeviceMarks few(kernels, 10);
   EXPECT_THAT(refused(key.view, key.view, pointer(slots), 2, &few), HasSubstr("marks"));
   EXPECT_EQ(count("cuLaunchKernel"), 0U);
+}
+
+TEST_F(Append, MarksAreTakenAtHighPriority) {
+  const auto urgent = [&] { return call<FakeDriverStreams>("fake_driver_streams")(-5); };
+  const int before = urgent();
+  const DeviceMarks marks(kernels, 10);
+  EXPECT_EQ(urgent(), before + 1);
+  const OwnStream normal(context);
+  EXPECT_EQ(urgent(), before + 1);
 }
 
 class Marked : public Append {

@@ -27,47 +27,54 @@ struct AppendArgs {
   u32 heads;
   u32 row_items;  ///< items of one row
   u32 block_size;
+  u32 token_shift;  ///< shift_of(2 * heads * row_items)
+  u32 row_shift;    ///< shift_of(row_items)
+  u32 block_shift;  ///< shift_of(block_size)
+  u32 padding;
   u64 marks;      ///< u32[]: all sets of marks; 0: none are made
   u64 set_words;  ///< words of a set
   u64 set;        ///< u32: which set to mark in, read by every launch
   u64 skipped;    ///< u64: counts slots that were out of range; 0: not counted
 };
 
-/// The slot of an item, and where its first element is read and written.
-struct AppendSpot {
-  i64 slot;  ///< -1: nothing is to be written
+/// Where an item's first element is read, and what it is part of.
+struct AppendSource {
   u64 from;
-  u64 to;
+  u32 token;
+  u32 head;
+  u32 is_value;
+  u32 rest;   ///< items of the row before it
   u32 first;  ///< 1 for the one item of a token that does what is done once per token
 };
 
-PIPELIVE_HD AppendSpot append_spot(const AppendArgs& args, u32 item, u32 from_bytes, u32 to_bytes) {
+PIPELIVE_HD AppendSource append_source(const AppendArgs& args, u32 item, u32 from_bytes) {
   const u32 token_items = 2 * args.heads * args.row_items;
-  const u32 token = item / token_items;
-  u32 rest = item - token * token_items;
-  const u32 row = rest / args.row_items;
-  rest -= row * args.row_items;
-  const u32 is_value = row >= args.heads ? 1 : 0;
-  const u32 head = is_value != 0 ? row - args.heads : row;
-  AppendSpot spot;
-  spot.slot = at_address<const i64>(args.slots)[token];
-  spot.first = item == token * token_items ? 1 : 0;
-  if (is_value != 0) {
-    spot.from = args.value +
-                static_cast<u64>(token * args.value_token_stride + head * args.value_head_stride);
-  } else {
-    spot.from =
-        args.key + static_cast<u64>(token * args.key_token_stride + head * args.key_head_stride);
-  }
-  spot.from += static_cast<u64>(rest) * from_bytes;
-  const u64 slot = static_cast<u64>(spot.slot);
-  const u64 block = slot / args.block_size;
+  AppendSource source;
+  source.token = quotient(item, token_items, args.token_shift);
+  source.rest = item - source.token * token_items;
+  source.first = source.rest == 0 ? 1 : 0;
+  const u32 row = quotient(source.rest, args.row_items, args.row_shift);
+  source.rest -= row * args.row_items;
+  source.is_value = row >= args.heads ? 1 : 0;
+  source.head = source.is_value != 0 ? row - args.heads : row;
+  const u64 base = source.is_value != 0 ? args.value : args.key;
+  const i64 token_stride = source.is_value != 0 ? args.value_token_stride : args.key_token_stride;
+  const i64 head_stride = source.is_value != 0 ? args.value_head_stride : args.key_head_stride;
+  source.from = base + static_cast<u64>(source.token * token_stride + source.head * head_stride) +
+                static_cast<u64>(source.rest) * from_bytes;
+  return source;
+}
+
+/// Where an item's first element is written.
+PIPELIVE_HD u64 append_target(const AppendArgs& args, const AppendSource& source, u64 slot,
+                              u32 to_bytes) {
+  const u64 block = args.block_shift < kNoShift ? slot >> args.block_shift : slot / args.block_size;
   const u64 offset = slot - block * args.block_size;
-  spot.to = args.kv + block * static_cast<u64>(args.block_stride) +
-            offset * static_cast<u64>(args.token_stride) +
-            head * static_cast<u64>(args.head_stride) +
-            is_value * static_cast<u64>(args.kv_stride) + static_cast<u64>(rest) * to_bytes;
-  return spot;
+  return args.kv + block * static_cast<u64>(args.block_stride) +
+         offset * static_cast<u64>(args.token_stride) +
+         source.head * static_cast<u64>(args.head_stride) +
+         source.is_value * static_cast<u64>(args.kv_stride) +
+         static_cast<u64>(source.rest) * to_bytes;
 }
 
 /// float32 to bfloat16, to nearest even; a NaN stays one.
@@ -124,22 +131,21 @@ struct NarrowToFloat16 {
   PIPELIVE_HD static u16 narrow(float value) { return to_float16(value); }
 };
 
-/// What is moved by one item: raw bytes.
+/// What one item moves, and how it is loaded and stored: raw bytes.
 template <typename Vector>
 struct MoveRaw {
   static constexpr u32 kFromBytes = sizeof(Vector);
   static constexpr u32 kToBytes = sizeof(Vector);
-  PIPELIVE_HD static void move(u64 from, u64 to) {
-    *at_address<Vector>(to) = *at_address<const Vector>(from);
-  }
+  using Value = Vector;
+  PIPELIVE_HD static void store(u64 to, const Value& v) { *at_address<Vector>(to) = v; }
 };
 /// Four floats, narrowed; 16 bytes aligned where they are read, 8 where they are written.
 template <typename Narrow>
 struct MoveNarrow4 {
   static constexpr u32 kFromBytes = 16;
   static constexpr u32 kToBytes = 8;
-  PIPELIVE_HD static void move(u64 from, u64 to) {
-    const Floats4 in = *at_address<const Floats4>(from);
+  using Value = Floats4;
+  PIPELIVE_HD static void store(u64 to, const Value& in) {
     *at_address<Halves4>(to) = Halves4{Narrow::narrow(in.x), Narrow::narrow(in.y),
                                        Narrow::narrow(in.z), Narrow::narrow(in.w)};
   }
@@ -148,33 +154,39 @@ template <typename Narrow>
 struct MoveNarrow1 {
   static constexpr u32 kFromBytes = 4;
   static constexpr u32 kToBytes = 2;
-  PIPELIVE_HD static void move(u64 from, u64 to) {
-    *at_address<u16>(to) = Narrow::narrow(*at_address<const float>(from));
+  using Value = float;
+  PIPELIVE_HD static void store(u64 to, const Value& in) {
+    *at_address<u16>(to) = Narrow::narrow(in);
   }
 };
 
 /// One item. `Memory` offers the atomic operations set_bits(u32*, u32) and add(u64*, u64), and
-/// load(const u32*), which a compiler leaves where it is.
+/// fetch(const T*), a load that a compiler leaves where it is.
 template <typename Move, typename Memory>
 PIPELIVE_HD void append_item(const AppendArgs& args, u32 item) {
-  // The set is on its way together with the slot; behind it, it would be waited for once more. Only
-  // the items that mark ask for it: of all of them, a long prompt's would queue for the one word.
+  using Value = typename Move::Value;
+  const AppendSource source = append_source(args, item, Move::kFromBytes);
+  // All three loads are under way at a time; behind the slot, each would be waited for once more.
+  // The source is there whatever the slot. Only the items that mark ask for the set: of all of
+  // them, a long prompt's would queue for the one word.
+  const i64 slot = Memory::fetch(at_address<const i64>(args.slots) + source.token);
+  const Value value = Memory::fetch(at_address<const Value>(source.from));
+  const bool marks = source.first != 0 && args.marks != 0;
   u32 set = 0;
-  const bool marks = item % (2 * args.heads * args.row_items) == 0 && args.marks != 0;
-  if (marks) set = Memory::load(at_address<const u32>(args.set));
-  const AppendSpot spot = append_spot(args, item, Move::kFromBytes, Move::kToBytes);
-  if (spot.slot < 0 || static_cast<u64>(spot.slot) >= args.num_slots) {
-    if (spot.slot != -1 && spot.first != 0 && args.skipped != 0) {
+  if (marks) set = Memory::fetch(at_address<const u32>(args.set));
+  if (slot < 0 || static_cast<u64>(slot) >= args.num_slots) {
+    if (slot != -1 && source.first != 0 && args.skipped != 0) {
       Memory::add(at_address<u64>(args.skipped), 1);
     }
     return;
   }
+  Move::store(append_target(args, source, static_cast<u64>(slot), Move::kToBytes), value);
+  // Behind the store, which then does not wait for the set.
   if (marks) {
-    const u64 slot = static_cast<u64>(spot.slot);
-    Memory::set_bits(at_address<u32>(args.marks) + set * args.set_words + slot / 32,
-                     1U << (slot % 32));
+    Memory::set_bits(
+        at_address<u32>(args.marks) + set * args.set_words + static_cast<u64>(slot) / 32,
+        1U << (static_cast<u64>(slot) % 32));
   }
-  Move::move(spot.from, spot.to);
 }
 
 }  // namespace pipelive::cuda

@@ -180,6 +180,12 @@ PIPELIVE_HD bool is_direct(int runs, int num_splits) {
   return runs == 1 || num_splits == 1;
 }
 
+/// The warps that `finish` takes: one for each row; where no tile's splits are shared, nothing but
+/// rows that nobody wrote is left to it, and a warp looks after all heads of a token.
+PIPELIVE_HD long long finish_rows(int tokens, int q_heads, int runs) {
+  return runs == 1 ? tokens : static_cast<long long>(tokens) * q_heads;
+}
+
 /// Tiles of rows have fixed slots, so that the grid does not depend on what is on the device:
 /// sequence `seq`, whose query begins at token `start`, has the slots from here on. No two
 /// sequences share one.

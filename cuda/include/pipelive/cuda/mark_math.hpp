@@ -57,19 +57,29 @@ struct MarkEmitArgs {
 };
 
 /// The union of the sets' words that one thread looks at; the sets' words become 0. `index` is that
-/// of its first word.
+/// of its first word. Up to four sets are loaded before the first is stored to, so that their loads
+/// are under way at a time; a set that stands there twice counts once.
 PIPELIVE_HD MarkQuad take_words(const MarkSets& sets, u64 index) {
+  constexpr u32 kAtOnce = 4;
+  MarkQuad* const all_sets = at_address<MarkQuad>(sets.words) + index / kMarkWords;
+  const u64 stride = sets.set_words / kMarkWords;
   MarkQuad all = {{0, 0, 0, 0}};
-  for (u32 i = 0; i < sets.count; ++i) {
-    MarkQuad* at = at_address<MarkQuad>(sets.words) + (sets.ids[i] * sets.set_words + index) / 4;
-    const MarkQuad found = *at;
-    u32 any = 0;
+  for (u32 first = 0; first < sets.count; first += kAtOnce) {
+    MarkQuad found[kAtOnce] = {};
     PIPELIVE_UNROLL
-    for (u32 w = 0; w < kMarkWords; ++w) {
-      all.word[w] |= found.word[w];
-      any |= found.word[w];
+    for (u32 i = 0; i < kAtOnce; ++i) {
+      if (first + i < sets.count) found[i] = all_sets[sets.ids[first + i] * stride];
     }
-    if (any != 0) *at = MarkQuad{{0, 0, 0, 0}};
+    PIPELIVE_UNROLL
+    for (u32 i = 0; i < kAtOnce; ++i) {
+      u32 any = 0;
+      PIPELIVE_UNROLL
+      for (u32 w = 0; w < kMarkWords; ++w) {
+        all.word[w] |= found[i].word[w];
+        any |= found[i].word[w];
+      }
+      if (any != 0) all_sets[sets.ids[first + i] * stride] = MarkQuad{{0, 0, 0, 0}};
+    }
   }
   return all;
 }

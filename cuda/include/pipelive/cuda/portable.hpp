@@ -43,4 +43,16 @@ PIPELIVE_HD u32 count_trailing_zeros(u32 word) {
 #endif
 }
 
+/// What `shift_of` says of a number that is no power of two.
+inline constexpr u32 kNoShift = 32;
+/// The power of two that a number is, or kNoShift.
+PIPELIVE_HD u32 shift_of(u32 number) {
+  return number != 0 && (number & (number - 1)) == 0 ? count_trailing_zeros(number) : kNoShift;
+}
+/// value / by, where `shift` is shift_of(by): devices have no instruction that divides integers,
+/// and the twenty or so that do it instead stand before the address of every load.
+PIPELIVE_HD u32 quotient(u32 value, u32 by, u32 shift) {
+  return shift < kNoShift ? value >> shift : value / by;
+}
+
 }  // namespace pipelive::cuda
