@@ -75,9 +75,11 @@ bool accessible(const SlotCopyArgs& args) {
   const auto* offsets = at_address<const u64>(args.table.offsets);
   for (u64 index = args.begin; index < args.end; ++index) {
     const SlotRecord& record = records[find_record(records, 0, args.table.num_records, index)];
-    const SlotSpot spot = spot_of(args.table.shape, layers[record.layer], offsets, record,
+    const SlotSpot spot = spot_of(args.table.shape, layers[record.layer], record,
                                   static_cast<u32>(index - record.packed));
-    if (!slot_access(spot.address, sizeof(Vector), !kGather)) return false;
+    const bool copied = kGather || (spot.slot >= record.keep_begin && spot.slot < record.keep_end);
+    const u64 address = spot.address + offsets[spot.fragment];
+    if (copied && !slot_access(address, sizeof(Vector), !kGather)) return false;
   }
   return slot_access(args.packed, (args.end - args.begin) * sizeof(Vector), kGather);
 }
