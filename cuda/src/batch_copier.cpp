@@ -122,6 +122,11 @@ void BatchCopier::launch(std::span<const CopyJob* const> jobs, std::size_t entri
   table->last_use = events_->record(stream);
 }
 
+void BatchCopier::prepare() {
+  const std::lock_guard lock(mutex_);
+  static_cast<void>(kernel());
+}
+
 void BatchCopier::copy(std::span<const CopyJob> jobs, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   std::vector<const CopyJob*> short_ones;

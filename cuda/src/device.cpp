@@ -133,6 +133,12 @@ void CudaDevice::copy(std::byte* target, const std::byte* source, std::size_t by
       "cuMemcpyAsync(" + bytes_text(bytes) + ")");
 }
 
+void CudaDevice::prepare_copies() {
+  check_process("prepare_copies");
+  const CallScope scope(*context_);
+  copier_->prepare();
+}
+
 void CudaDevice::copy_many(std::span<const CopyJob> jobs, Stream stream) {
   if (jobs.empty()) return;
   check_process("copy_many");

@@ -57,6 +57,8 @@ TEST_F(CudaPoolTest, ScatteredMovesAreOneLaunch) {
   };
   device_ = std::make_shared<CudaDevice>(Driver::open(PIPELIVE_FAKE_DRIVER), 0, image);
   open();
+  const std::uint64_t loaded = fake_.count("cuModuleLoadData");
+  EXPECT_GT(loaded, 0u);
   OwnStream stream(device().context());
   std::vector<BlockMove> moves;
   std::vector<BlockMove> back;
@@ -85,6 +87,7 @@ TEST_F(CudaPoolTest, ScatteredMovesAreOneLaunch) {
   EXPECT_EQ(calls("cuMemHostAlloc"), 2u);
   fake_.hold(stream.stream(), false);
   EXPECT_EQ(read(device(), at(1, moves[2].to), values.size()), values);
+  EXPECT_EQ(fake_.count("cuModuleLoadData"), loaded);  // no step waits for that
 }
 
 TEST_F(CudaPoolTest, WithoutAKernelMovesAreCopiesOneByOne) {

@@ -50,6 +50,7 @@ KVPool::KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPool
       mapped_(options.capacity),
       residency_(geometry_.num_layers) {
   if (holes_ == HolePolicy::scratch) scratch_ = std::make_shared<ScratchPage>(*pages_);
+  device()->prepare_copies();
   arenas_.reserve(held_.size());
   for (std::uint32_t index = 0; index < held_.size(); ++index) {
     const std::size_t bytes = geometry_.pages_for(index, geometry_.max_blocks);

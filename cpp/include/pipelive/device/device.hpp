@@ -125,6 +125,9 @@ class Device {
   virtual void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) {
     for (const CopyJob& job : jobs) copy(job.to, job.from, job.bytes, stream);
   }
+  /// Loads what copy_many needs, which may take as long as compiling it: for whoever makes the
+  /// first call where steps wait for it. What cannot be loaded is done without.
+  virtual void prepare_copies() {}
   /// Sets every byte, in the order of `stream`.
   virtual void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) = 0;
   /// Marks the end of the work that `stream` has been given so far.

@@ -58,6 +58,7 @@ class FaultDevice final : public Device {
             Stream stream = {}) override;
   /// Counts, and fails, as a copy for each of the jobs.
   void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) override;
+  void prepare_copies() override { device_->prepare_copies(); }
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
   void order_after(Stream stream, const std::shared_ptr<Event>& event) override;

@@ -28,6 +28,8 @@ class BatchCopier {
   /// driver one by one, and so are all where there is no code of the kernel for the device. Throws
   /// Error(device) or Error(out_of_memory).
   void copy(std::span<const CopyJob> jobs, StreamHandle stream);
+  /// Loads the kernel, or finds that there is none. The context must be current.
+  void prepare();
 
  private:
   struct Table;

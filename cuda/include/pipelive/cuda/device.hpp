@@ -75,6 +75,7 @@ class CudaDevice final : public Device {
   /// Short copies by one launch of a kernel, where there is one for the device. Throws Error(busy)
   /// for a stream that is being captured into a graph.
   void copy_many(std::span<const CopyJob> jobs, Stream stream = {}) override;
+  void prepare_copies() override;
   void fill(std::byte* target, int value, std::size_t bytes, Stream stream = {}) override;
   /// Both throw Error(busy) for a stream that is being captured into a graph.
   [[nodiscard]] std::shared_ptr<Event> record(Stream stream = {}) override;
