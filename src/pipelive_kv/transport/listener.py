@@ -1,4 +1,4 @@
-"""Making patch connections: listening, connecting, and handing the socket to the core."""
+"""The listening end of patch connections."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import secrets
 import selectors
 import socket
-import struct
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,15 +25,11 @@ from pipelive_kv.transport import handshake, paths
 from pipelive_kv.transport.address import Address, boot_id
 from pipelive_kv.transport.channel import Channel
 from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
+from pipelive_kv.transport.sockets import check_same_user, detach, tcp_channel
 
 SHM_RING_BYTES: int = _core.SHM_RING_BYTES
-MAX_TCP_MESSAGE_BYTES = 64 << 20
-PROGRESS_BYTES = 64 << 10
-PROGRESS_SECONDS = 5.0
 MAX_PENDING = 8
 HANDSHAKE_SECONDS = 5.0
-_SOCKET_BUFFER_BYTES = 4 << 20
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 
 @dataclass(eq=False)
@@ -223,7 +217,7 @@ class PatchListener:
         accepted.setblocking(False)
         try:
             if kind == "shm":
-                _check_same_user(accepted)
+                check_same_user(accepted)
         except (ProtocolError, OSError) as error:
             self._note(str(error))
             accepted.close()
@@ -282,11 +276,11 @@ class PatchListener:
         )
         base = self._base_channel(pending)
         reason = f"the connecting end came over {pending.kind}; {setup.why}"
-        return Channel(setup.channel(base), reason=reason, hello=_said(agreed))
+        return Channel(setup.channel(base), reason=reason, hello=paths.said_beside(agreed.hello))
 
     def _base_channel(self, pending: _Pending) -> Any:
         if pending.kind == "tcp":
-            return _tcp_channel(pending.socket)
+            return tcp_channel(pending.socket)
         memory = _core.shm_memory(self._ring_bytes)
         try:
             pending.socket.settimeout(self._handshake_timeout)
@@ -294,140 +288,7 @@ class PatchListener:
         except BaseException:
             os.close(memory)
             raise
-        return _core.shm_channel(_detach(pending.socket), memory, 0)
-
-
-def connect(
-    address: str,
-    *,
-    key: bytes,
-    timeout: float,
-    hello: Hello | None = None,
-    device: Any = None,
-    again: bool = False,
-) -> Channel:
-    """Connect to a :class:`PatchListener` and prove to each other that both hold ``key``.
-
-    For an ``auto`` address, shared memory is taken where the listener is on this host and its Unix
-    socket can be reached. Over that, payloads go from the memory of ``device`` (where the moving
-    layers lie; the core's, None for host memory) to the listener's by P2P or NCCL where both ends
-    can and the listener's kind allows it. :attr:`Channel.reason` says what was taken and why.
-    ``again`` is said where a connection that was lost is made again, in a hurry: NCCL, which takes
-    long to come up and may be what was lost, is then left out.
-
-    Raises DeadlineError after ``timeout`` seconds, ProtocolError where the peer does not hold the
-    key or differs in a field of ``hello`` (named), ClosedError where it hangs up, DeviceError where
-    it cannot be reached.
-    """
-    handshake.check_key(key)
-    ends_at = time.monotonic() + timeout
-    where = Address.parse(address)
-    said = _Own(key, dict(hello or {}), device, paths.abilities(device, "auto", again=again))
-    if where.kind == "tcp":
-        return _connect_tcp(where, said, ends_at, "the address is one for tcp")
-    if where.kind == "shm":
-        return _connect_shm(where, said, ends_at, "the address is one for shared memory")
-    own = boot_id()
-    if not own or own != where.boot_id:
-        why = f"the listener is on another host (boot id {where.boot_id[:8]}, here {own[:8]})"
-        return _connect_tcp(where, said, ends_at, why)
-    try:
-        why = "the listener is on this host"
-        return _connect_shm(where, said, ends_at, why)
-    except DeviceError as error:
-        why = f"the listener is on this host, but its Unix socket is out of reach: {error}"
-        return _connect_tcp(where, said, ends_at, why)
-
-
-@dataclass(frozen=True)
-class _Own:
-    """What the connecting end brings."""
-
-    key: bytes
-    hello: Hello
-    device: Any
-    abilities: paths.Abilities
-
-    def handshake(self) -> Handshake:
-        return handshake.client(self.key, {**self.hello, **self.abilities.hello()})
-
-    def set_up(
-        self, connected: socket.socket, agreed: Agreed, base: str, ends_at: float
-    ) -> paths.Setup:
-        peer = paths.Abilities.of_hello(agreed.hello)
-        return paths.set_up_source(connected, self.device, self.abilities, peer, base, ends_at)
-
-
-def _said(agreed: Agreed) -> dict[str, Any]:
-    return {k: v for k, v in agreed.hello.items() if not k.startswith(paths.PREFIX)}
-
-
-def _connect_tcp(where: Address, own: _Own, ends_at: float, why: str) -> Channel:
-    with _reaching(where, ends_at):
-        connected = socket.create_connection(where.tcp, timeout=_rest(ends_at, where))
-    with contextlib.ExitStack() as undo:
-        undo.callback(connected.close)
-        agreed = _shake(connected, where, own.handshake(), "tcp", ends_at)
-        setup = own.set_up(connected, agreed, "tcp", ends_at)
-        base = _tcp_channel(connected)
-        undo.pop_all()
-    return Channel(setup.channel(base), reason=f"{why}; {setup.why}", hello=_said(agreed))
-
-
-def _connect_shm(where: Address, own: _Own, ends_at: float, why: str) -> Channel:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with contextlib.ExitStack() as undo:
-        undo.callback(connected.close)
-        with _reaching(where, ends_at):
-            connected.settimeout(_rest(ends_at, where))
-            connected.connect(where.unix)
-        _check_same_user(connected)
-        agreed = _shake(connected, where, own.handshake(), "shm", ends_at)
-        setup = own.set_up(connected, agreed, "shm", ends_at)
-        with _reaching(where, ends_at):
-            connected.settimeout(_rest(ends_at, where))
-            data, fds, _, _ = socket.recv_fds(connected, 1, 1)
-        for fd in fds[1:]:
-            os.close(fd)
-        if not data:
-            raise ClosedError(f"{where} hung up before it passed its memory")
-        if not fds:
-            raise ProtocolError(f"{where} passed no memory")
-        undo.pop_all()
-        base = _core.shm_channel(_detach(connected), fds[0], 1)
-    return Channel(setup.channel(base), reason=f"{why}; {setup.why}", hello=_said(agreed))
-
-
-def _shake(
-    connected: socket.socket, where: Address, steps: Handshake, kind: str, ends_at: float
-) -> Agreed:
-    """Drive a handshake over a socket that may block."""
-    answer: bytes | None = None
-    with _reaching(where, ends_at):
-        while True:
-            try:
-                wish = next(steps) if answer is None else steps.send(answer)
-            except StopIteration as stop:
-                agreed: Agreed = stop.value
-                break
-            connected.settimeout(_rest(ends_at, where))
-            if isinstance(wish, Send):
-                connected.sendall(wish.data)
-                answer = b""
-                continue
-            received = bytearray()
-            while len(received) < wish.size:
-                connected.settimeout(_rest(ends_at, where))
-                piece = connected.recv(wish.size - len(received))
-                if not piece:
-                    raise ClosedError(
-                        f"{where} hung up in the handshake; most often the keys differ"
-                    )
-                received += piece
-            answer = bytes(received)
-    if agreed.kind != kind:
-        raise ProtocolError(f"{where} offers {agreed.kind} where {kind} was asked for")
-    return agreed
+        return _core.shm_channel(detach(pending.socket), memory, 0)
 
 
 def _step(pending: _Pending, answer: bytes | None) -> Agreed | None:
@@ -478,20 +339,6 @@ def _events(pending: _Pending) -> int:
     return selectors.EVENT_READ | (selectors.EVENT_WRITE if pending.outbox else 0)
 
 
-def _tcp_channel(connected: socket.socket) -> Any:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        with contextlib.suppress(OSError):
-            connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-    return _core.tcp_channel(
-        _detach(connected), MAX_TCP_MESSAGE_BYTES, PROGRESS_BYTES, PROGRESS_SECONDS
-    )
-
-
-def _detach(connected: socket.socket) -> int:
-    connected.setblocking(False)
-    return connected.detach()
-
-
 def _listen_tcp(host: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -515,34 +362,3 @@ def _listen_unix(path: str) -> socket.socket:
         listening.close()
         raise DeviceError(f"cannot listen on a Unix socket: {error}") from error
     return listening
-
-
-def _check_same_user(connected: socket.socket) -> None:
-    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
-    if uid != os.geteuid():
-        raise ProtocolError(f"the peer is user {uid}, expected {os.geteuid()}, our own")
-
-
-def _rest(ends_at: float, where: Address) -> float:
-    rest = ends_at - time.monotonic()
-    if rest <= 0:
-        raise DeadlineError(f"{where} did not finish the handshake in time")
-    return rest
-
-
-@contextlib.contextmanager
-def _reaching(where: Address, ends_at: float) -> Iterator[None]:
-    """Our errors instead of the socket module's."""
-    try:
-        yield
-    except TimeoutError as error:
-        if isinstance(error, PipeliveError):
-            raise
-        raise DeadlineError(f"{where} did not answer in time") from error
-    except (ConnectionResetError, BrokenPipeError) as error:
-        raise ClosedError(f"{where} hung up in the handshake: {error}") from error
-    except OSError as error:
-        if isinstance(error, PipeliveError):
-            raise
-        raise DeviceError(f"cannot reach {where}: {error}") from error

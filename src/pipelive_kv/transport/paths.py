@@ -82,6 +82,11 @@ class Abilities:
         return cls(**said)
 
 
+def said_beside(hello: Hello) -> dict[str, str | int | bool | None]:
+    """What a hello says of other things than the path."""
+    return {name: value for name, value in hello.items() if not name.startswith(PREFIX)}
+
+
 def abilities(device: Any, want: str, *, host: str | None = None, again: bool = False) -> Abilities:
     """What this end can do with layers on ``device`` (a ``_core.Device``, or None).
 
