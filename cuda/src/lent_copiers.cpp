@@ -60,11 +60,11 @@ std::shared_ptr<CudaSlotCopier> CudaSlotCopier::lend(
   }
   if (!copier) copier = std::make_unique<CudaSlotCopier>(context);
   return {copier.release(), [](CudaSlotCopier* lent) {
-            std::vector<std::unique_ptr<CudaSlotCopier>> excess;
+            std::vector<std::unique_ptr<CudaSlotCopier>> surplus;
             const std::lock_guard lock(store().mutex);
-            store().keep_idle(excess);
+            store().keep_idle(surplus);
             if (lent->idle()) {
-              store().keep(std::unique_ptr<CudaSlotCopier>(lent), excess);
+              store().keep(std::unique_ptr<CudaSlotCopier>(lent), surplus);
             } else {
               store().busy.emplace_back(lent);
             }
