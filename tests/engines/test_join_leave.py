@@ -10,6 +10,7 @@ import pytest
 
 from pipelive_kv.coordinator import MigrationOptions
 from pipelive_kv.engines.reference import Engine, EngineConfig, EngineFailedError, Request
+from pipelive_kv.engines.reference.processes import StageProcesses
 from pipelive_kv.errors import BusyError
 from pipelive_kv.placement import Placement
 
@@ -117,6 +118,52 @@ def test_one_that_dies_before_it_holds_a_layer_is_not_missed(tiny, expected):
             assert engine.add_stage() == rank
             move(engine, [2, 2, 2])
         finally:
+            rounds = load.stop()
+    for tokens in rounds:
+        assert tokens == expected
+
+
+def test_who_sends_to_a_stage_that_has_died_does_not_keep_its_end_from_being_noticed(
+    tiny, expected, monkeypatch
+):
+    refused, noticed, go_on = (threading.Event() for _ in range(3))
+    try_send, ended = StageProcesses._try_send, StageProcesses._ended
+
+    def noting(processes, encoded, rank):
+        sent = try_send(processes, encoded, rank)
+        if not sent:
+            refused.set()
+        return sent
+
+    def late(processes, rank, decoder):
+        noticed.set()
+        assert go_on.wait(60)
+        return ended(processes, rank, decoder)
+
+    with Engine(config(tiny("qwen3"))) as engine:
+        load = Load(engine)
+        try:
+            rank = engine.add_stage()
+            monkeypatch.setattr(StageProcesses, "_try_send", noting)
+            monkeypatch.setattr(StageProcesses, "_ended", late)
+            stages = engine._running()
+            os.kill(engine.pids[rank], signal.SIGKILL)
+            assert noticed.wait(60)
+
+            def send():
+                while not refused.is_set():
+                    stages._send(b"", [rank])
+
+            sending = threading.Thread(target=send)
+            sending.start()
+            assert refused.wait(60)
+            go_on.set()
+            sending.join(60)
+            assert not sending.is_alive()
+            engine.remove_stage(rank)
+            move(engine, [4, 2])
+        finally:
+            go_on.set()
             rounds = load.stop()
     for tokens in rounds:
         assert tokens == expected

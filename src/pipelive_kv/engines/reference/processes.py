@@ -35,6 +35,7 @@ from pipelive_kv.engines.reference.worker import Launch, main, results_address, 
 
 __all__ = ["StageProcesses", "private_folder"]
 
+_SEND_SECONDS = 30.0  # how long a stage may take nothing of what it is sent
 _GRACE = 0.5  # seconds in which other stages may still say what they saw of a failure
 
 
@@ -189,10 +190,28 @@ class StageProcesses:
         self._context.term()
 
     def _send(self, encoded: bytes, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            end = time.monotonic() + _SEND_SECONDS
+            while not self._try_send(encoded, rank):
+                self.check()
+                if time.monotonic() >= end:
+                    raise EngineFailedError(f"stage {rank} took nothing for {_SEND_SECONDS:.0f} s")
+                self._stopping.wait(0.001)
+
+    def _try_send(self, encoded: bytes, rank: int) -> bool:
+        """Whether it was sent, or need not be, since the stage has gone.
+
+        Nobody takes what is sent to a process that has just died. The listening thread notices its
+        end, and needs the lock for that, so nothing blocks with the lock held.
+        """
         with self._lock:
-            for rank in ranks:
-                if rank in self._steps:
-                    self._steps[rank].send(encoded)
+            if rank not in self._steps:
+                return True
+            try:
+                self._steps[rank].send(encoded, zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+        return True
 
     def _await(
         self,
@@ -242,12 +261,14 @@ class StageProcesses:
         with self._lock:
             if rank not in self._processes:
                 return False  # it was told to
+            socket = self._steps.pop(rank)
+        # First, as whoever sends to it may hold what is waited for below.
+        socket.close(linger=0)
         if not self._on_lost(rank):
             self._fail(self._collect(decoder))
             return True
         with self._lock:
-            process, socket = self._processes.pop(rank), self._steps.pop(rank)
-        socket.close(linger=0)
+            process = self._processes.pop(rank)
         said = [complaint for complaint in self._complaints if complaint.rank == rank]
         why = said[0].error if said else _exit(process.exitcode)
         # Whoever waits for it to join hears of it; for all others it goes unnoticed.
