@@ -75,7 +75,7 @@ class Decode:
 
         thread = threading.Thread(target=timed)
         thread.start()
-        steps = []
+        steps = [self.step()]
         while thread.is_alive():
             steps.append(self.step())
         thread.join()
