@@ -131,7 +131,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"threads {options.threads}, isa {available_isas()[-1]}, torch {torch.__version__},")
+    print(
+        f"threads {options.threads}, of {', '.join(available_isas())} the library's choice, "
+        f"torch {torch.__version__},"
+    )
     print(f"{KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}; microseconds (quartiles)")
     records = []
     for shape in SHAPES:

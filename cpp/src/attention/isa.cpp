@@ -45,6 +45,14 @@ bool processor_has(Isa isa) {
 #endif
 }
 
+bool made_by_intel() noexcept {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
+
 const attention_detail::Kernels* compiled(Isa isa) noexcept {
   switch (isa) {
     case Isa::portable:
@@ -99,7 +107,13 @@ const std::vector<Isa>& available_isas() {
 }
 
 Isa best_isa() {
-  return available_isas().back();
+  static const Isa best = [] {
+    const Isa last = available_isas().back();
+    // Intel's cores multiply pairs of bfloat16 at a rate that does not pay for what it takes to
+    // bring them together: docs/benchmarks/README.md.
+    return last == Isa::avx512_bf16 && made_by_intel() ? Isa::avx512 : last;
+  }();
+  return best;
 }
 
 Isa isa_from_name(std::string_view name) {

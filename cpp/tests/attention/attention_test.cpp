@@ -132,7 +132,8 @@ TEST(Isas, NamesGoBothWays) {
   ASSERT_FALSE(available_isas().empty());
   EXPECT_EQ(available_isas().front(), Isa::portable);
   for (const Isa isa : available_isas()) EXPECT_EQ(isa_from_name(to_string(isa)), isa);
-  EXPECT_EQ(best_isa(), available_isas().back());
+  const Isa last = available_isas().back();
+  EXPECT_TRUE(best_isa() == last || (last == Isa::avx512_bf16 && best_isa() == Isa::avx512));
   EXPECT_THROW(static_cast<void>(isa_from_name("avx")), Error);
 }
 

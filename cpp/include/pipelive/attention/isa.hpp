@@ -20,7 +20,7 @@ enum class Isa {
 [[nodiscard]] Isa isa_from_name(std::string_view name);
 /// What this processor can run and this build contains, slowest first; never empty.
 [[nodiscard]] const std::vector<Isa>& available_isas();
-/// The last of available_isas().
+/// The fastest of available_isas(): the last, but on Intel's processors not avx512_bf16.
 [[nodiscard]] Isa best_isa();
 
 }  // namespace pipelive
