@@ -75,7 +75,7 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return {name: summarise(seconds) for name, seconds in taken.items()}
 
 
-def measure(shape: Shape, threads: int, rounds: int) -> dict[str, Timing]:
+def measure(shape: Shape, threads: int, rounds: int, isa: str | None) -> dict[str, Timing]:
     generator = torch.Generator().manual_seed(1)
     dtype = getattr(torch, shape.dtype)
     width = -(-shape.context // BLOCK_SIZE)
@@ -110,7 +110,7 @@ def measure(shape: Shape, threads: int, rounds: int) -> dict[str, Timing]:
 
     def ours() -> torch.Tensor:
         return paged_attention(
-            query, kv, tables, lens, scale=scale, query_start=starts, threads=threads
+            query, kv, tables, lens, scale=scale, query_start=starts, threads=threads, isa=isa
         )
 
     def torchs() -> torch.Tensor:
@@ -127,18 +127,19 @@ def measure(shape: Shape, threads: int, rounds: int) -> dict[str, Timing]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--isa", choices=available_isas(), help="default: as the library chooses")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(
-        f"threads {options.threads}, of {', '.join(available_isas())} the library's choice, "
+        f"threads {options.threads}, isa {options.isa or 'as the library chooses'}, "
         f"torch {torch.__version__},"
     )
     print(f"{KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}; microseconds (quartiles)")
     records = []
     for shape in SHAPES:
-        timings = measure(shape, options.threads, options.rounds)
+        timings = measure(shape, options.threads, options.rounds, options.isa)
         item = 4 if shape.dtype == "float32" else 2
         size = shape.batch * shape.context * KV_HEADS * HEAD_DIM * 2 * item
         print(

@@ -110,7 +110,7 @@ Isa best_isa() {
   static const Isa best = [] {
     const Isa last = available_isas().back();
     // Intel's cores multiply pairs of bfloat16 at a rate that does not pay for what it takes to
-    // bring them together: docs/benchmarks/README.md.
+    // bring them together (docs/benchmarks/README.md).
     return last == Isa::avx512_bf16 && made_by_intel() ? Isa::avx512 : last;
   }();
   return best;
