@@ -371,7 +371,6 @@ def two_gpus(fake_nccl, monkeypatch):
     end = _soon()
     while cuda.library.fake_driver_held() and time.monotonic() < end:
         gc.collect()
-        time.sleep(0.001)
     assert cuda.mistakes == ""
 
 
