@@ -63,7 +63,7 @@ test-cpp: build  ## Run the C++ tests; CTEST_ARGS="-R name" chooses
 	@$(CTEST) --test-dir $(RELEASE)
 
 test-py: build  ## Run the Python tests; PYTEST_ARGS="-k name" chooses
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2 $(PYTEST_ARGS)
 
 test-vllm: build  ## Run the tests inside vLLM, in an environment of their own (3.2 GB)
 	@scripts/vllm_env.sh python -m pytest tests/vllm $(PYTEST_ARGS)
@@ -97,6 +97,7 @@ lint: setup  ## Check style and types: ruff, mypy, clang-format, layers, shell s
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(BIN)/python scripts/check_layers.py
+	@$(BIN)/python scripts/check_bindings.py
 	@for file in $(SHELL_FILES); do bash -n "$$file"; done
 	@echo "lint: all checks passed"
 

@@ -149,10 +149,11 @@ void bind_arena(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena")
       .def(py::init([](std::shared_ptr<PagePool> pool, std::size_t reserve_bytes, bool scrub) {
+             const py::gil_scoped_release release;
              return std::make_shared<Arena>(std::move(pool), reserve_bytes,
                                             ArenaOptions{scrub, nullptr});
            }),
-           py::arg("pool"), py::arg("reserve_bytes"), py::arg("scrub"), Release())
+           py::arg("pool"), py::arg("reserve_bytes"), py::arg("scrub"))
       .def_property_readonly(
           "data_ptr",
           [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.base()); })

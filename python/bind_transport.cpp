@@ -118,9 +118,10 @@ void bind_staging(py::module_& m) {
   py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
       .def(py::init(
                [](std::shared_ptr<Device> device, std::size_t piece_bytes, std::uint32_t pieces) {
+                 const py::gil_scoped_release release;
                  return made<Staging>(std::move(device), StagingShape{piece_bytes, pieces});
                }),
-           py::arg("device"), py::arg("piece_bytes"), py::arg("pieces"), Release())
+           py::arg("device"), py::arg("piece_bytes"), py::arg("pieces"))
       .def_property_readonly("piece_bytes", [](const Staging& s) { return s.shape().piece_bytes; })
       .def_property_readonly("pieces", [](const Staging& s) { return s.shape().pieces; })
       .def(
@@ -142,11 +143,12 @@ void bind_staging(py::module_& m) {
   py::class_<PeerStaging, std::shared_ptr<PeerStaging>>(m, "PeerStaging")
       .def(py::init([](const std::shared_ptr<Device>& device, int fd, std::uint64_t offset,
                        std::size_t nbytes, std::size_t piece_bytes, std::uint32_t pieces) {
+             const py::gil_scoped_release release;
              const ExportedPages exported{UniqueFd(fd), offset, nbytes};
              return made<PeerStaging>(device, exported, StagingShape{piece_bytes, pieces});
            }),
            py::arg("device"), py::arg("fd"), py::arg("offset"), py::arg("nbytes"),
-           py::arg("piece_bytes"), py::arg("pieces"), Release())
+           py::arg("piece_bytes"), py::arg("pieces"))
       .def_property_readonly("writable", &PeerStaging::writable);
   m.def(
       "p2p_channel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import secrets
 import sys
@@ -28,6 +29,10 @@ settings.register_profile(
 )
 
 
+# Where stacks go while pytest captures the process's own standard error.
+_STDERR = pytest.StashKey[int]()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose profile and seed before Hypothesis' own plugin reads them."""
@@ -42,6 +47,24 @@ def pytest_configure(config: pytest.Config) -> None:
     # what a developer wants; elsewhere a seed makes the run repeatable.
     if profile != "dev" and config.getoption("--hypothesis-seed") is None:
         config.option.hypothesis_seed = str(secrets.randbelow(2**32))
+    config.stash[_STDERR] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process, with the stacks of its threads, where a test outlives its timeout.
+
+    pytest-timeout interrupts Python; nothing interrupts a call of the core that does not return.
+    """
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    if item.config.getoption("usepdb"):
+        return (yield)
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
