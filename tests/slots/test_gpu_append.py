@@ -190,7 +190,12 @@ def test_kernels_that_the_build_has_none_of_are_compiled_once(gpu: Gpu) -> None:
             slots = np.arange(first, first + 4, dtype=np.int64)
             where = gpu.put(key, "bfloat16"), gpu.put(key, "bfloat16"), gpu.put(slots, "int64")
             append(pool.layer(0), *where, stream=gpu.stream)
-        assert gpu.nvrtc.compiled == ["slots_copy.cu", "slots_append.cu", "slots_marks.cu"]
+        assert gpu.nvrtc.compiled == [
+            "copy_many.cu",
+            "slots_copy.cu",
+            "slots_append.cu",
+            "slots_marks.cu",
+        ]
         written = gpu.layer(pool, 0)[0, :, 0]  # [head, token, dim] of the first block's keys
         assert (written == np.concatenate([key, key]).transpose(1, 0, 2)).all()
 
