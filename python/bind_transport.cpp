@@ -113,6 +113,10 @@ cuda::NcclUniqueId id_from(const py::bytes& bytes) {
   return id;
 }
 
+std::span<const std::byte> bytes_of(const std::string& bytes) {
+  return std::as_bytes(std::span(bytes));
+}
+
 void bind_staging(py::module_& m) {
   // The descriptor that export returns belongs to the caller.
   py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
@@ -135,6 +139,14 @@ void bind_staging(py::module_& m) {
             return reinterpret_cast<std::uintptr_t>(s.piece(index));
           },
           py::arg("index"))
+      .def(
+          "put_sample",
+          [](Staging& staging, const std::string& sample, double timeout) {
+            Lane lane = lane_of(staging.device());
+            staging.put_sample(bytes_of(sample), lane.stream, std::move(lane.owner),
+                               deadline_of(timeout));
+          },
+          py::arg("sample"), py::arg("timeout"), Release())
       .def("export_memory", [](const Staging& staging) {
         ExportedPages exported = staging.export_memory();
         return py::make_tuple(exported.fd.release(), exported.offset, exported.bytes);
@@ -149,6 +161,14 @@ void bind_staging(py::module_& m) {
            }),
            py::arg("device"), py::arg("fd"), py::arg("offset"), py::arg("nbytes"),
            py::arg("piece_bytes"), py::arg("pieces"))
+      .def(
+          "has_sample",
+          [](const PeerStaging& staging, const std::string& sample, double timeout) {
+            Lane lane = lane_of(staging.device());
+            return staging.has_sample(bytes_of(sample), lane.stream, std::move(lane.owner),
+                                      deadline_of(timeout));
+          },
+          py::arg("sample"), py::arg("timeout"), Release())
       .def_property_readonly("writable", &PeerStaging::writable);
   m.def(
       "p2p_channel",

@@ -72,6 +72,7 @@ void reset() {
   s.granularity = std::size_t{2} << 20;
   s.most_used.clear();
   s.attributes.clear();
+  s.import_other = false;
   s.broken = kSuccess;
   s.devices.clear();
   s.peers.clear();
@@ -179,6 +180,9 @@ FAKE_EXPORT std::uint64_t fake_driver_lowest_free(int device) {
 }
 FAKE_EXPORT void fake_driver_granularity(std::uint64_t bytes) {
   state().granularity = bytes;
+}
+FAKE_EXPORT void fake_driver_import_other(int on) {
+  state().import_other = on != 0;
 }
 FAKE_EXPORT void fake_driver_attribute(int attribute, int value) {
   state().attributes[attribute] = value;

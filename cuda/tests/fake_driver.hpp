@@ -61,6 +61,9 @@ using FakeDriverCapture = void(void* stream, int on);
 using FakeDriverCaptures = int(void* stream);
 /// A stream of device 0 as another library would make it, non-blocking; there until a reset.
 using FakeDriverNewStream = std::uint64_t();
+/// What is imported from now on is mapped, and holds other bytes than the exporter's, as where
+/// PCIe's addresses are translated on the way.
+using FakeDriverImportOther = void(int on);
 /// What stands in for a kernel: called when the stream comes to it, with the one parameter.
 using FakeKernelRun = void(const char* name, unsigned grid, unsigned block, const void* parameter);
 /// From now on, also after a reset, every module has a kernel of that name, whose one parameter has

@@ -479,8 +479,11 @@ FAKE_EXPORT Result cuMemImportFromShareableHandle(AllocationHandle* handle, void
     return kInvalidValue;
   }
   auto allocation = std::make_shared<Allocation>();
-  allocation->fd = ::dup(fd);
+  allocation->fd = state().import_other ? ::memfd_create("other", MFD_CLOEXEC) : ::dup(fd);
   allocation->bytes = static_cast<std::size_t>(status.st_size);
+  if (state().import_other && ::ftruncate(allocation->fd, status.st_size) != 0) {
+    return kOutOfMemory;
+  }
   allocation->imported = true;
   allocation->exportable = true;
   *handle = fake::new_handle(std::move(allocation));

@@ -113,6 +113,7 @@ struct State {
   std::size_t granularity = std::size_t{2} << 20;
   std::map<int, std::size_t> most_used;  ///< bytes in use at the same time so far, by device
   std::map<int, int> attributes;
+  bool import_other = false;
   Result broken = kSuccess;  ///< an asynchronous failure, returned by every call from then on
 
   std::map<int, FakeDevice> devices;

@@ -21,8 +21,8 @@ from pipelive_kv import messages
 from pipelive_kv.control import ControlKey, wire
 from pipelive_kv.errors import CorruptError, InvalidArgumentError, PipeliveError, ProtocolError
 from pipelive_kv.record import Decision, FileDecisionRecord
-from pipelive_kv.transport import Address, handshake, paths
-from pipelive_kv.transport.paths import Abilities
+from pipelive_kv.transport import Address, handshake
+from pipelive_kv.transport.abilities import Abilities, choose
 
 KEY = b"0123456789abcdef0123456789abcdef"
 
@@ -175,7 +175,7 @@ def test_what_a_hello_claims_is_of_the_right_kind_or_not_said(tree):
         assert type(getattr(said, name)) is type(default)
     for base in ("tcp", "shm"):
         with contextlib.suppress(ProtocolError):
-            assert paths.choose(said, Abilities(), base)[0] in ("host", "p2p", "nccl")
+            assert choose(said, Abilities(), base)[0] in ("host", "p2p", "nccl")
 
 
 @given(
@@ -188,8 +188,8 @@ def test_abilities_of_any_values(fields):
     said = Abilities.of_hello({f"transport.{name}": value for name, value in fields.items()})
     for other in (Abilities(), Abilities("auto", "cuda:0", "a", True, "", 22703, "")):
         with contextlib.suppress(ProtocolError):
-            paths.choose(said, other, "shm")
-            paths.choose(other, said, "shm")
+            choose(said, other, "shm")
+            choose(other, said, "shm")
 
 
 # -- files and addresses ---------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from pipelive_kv.kv import KVPool
 from pipelive_kv.memory import PagePool
 from pipelive_kv.migration import PatchReceiver, PatchSender
 from pipelive_kv.spec import KVSpec
-from pipelive_kv.transport import Channel, PatchListener, connect, nccl_probe, paths
+from pipelive_kv.transport import Channel, PatchListener, abilities, connect, nccl_probe, paths
+from pipelive_kv.transport.handshake import HelloMismatchError
 
 LAYERS = (1, 4)
 BLOCKS = 48
@@ -49,8 +50,8 @@ def views(pool: KVPool) -> dict[int, Any]:
 def connected(want: str, near: Any, far: Any) -> Iterator[tuple[Channel, Channel]]:
     """Both ends of a channel over a socket pair, the source's first."""
     a, b = socket.socketpair()
-    source = paths.abilities(near, "auto" if want == "p2p" else want)
-    target = paths.abilities(far, want)
+    source = abilities.abilities(near, "auto" if want == "p2p" else want)
+    target = abilities.abilities(far, want)
     ends_at = time.monotonic() + SECONDS
     memory = _core.shm_memory(16 << 20)
     with ThreadPoolExecutor(1) as threads:
@@ -107,6 +108,43 @@ def test_p2p_between_two_gpus(gpu: Gpu) -> None:
     session(gpu, "p2p", second_pages(gpu))
 
 
+@pytest.mark.parametrize("gpu", ["fake"], indirect=True)
+@pytest.mark.parametrize("nccl", [False, True])
+def test_mapped_memory_that_reads_as_other_bytes_is_not_taken(
+    gpu: Gpu, nccl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``auto`` both ends go on by what comes next; where P2P was asked for they refuse."""
+    assert isinstance(gpu, FakeGpu)
+    far = second_pages(gpu).device
+    gpu.cuda.library.fake_driver_import_other(1)
+    if nccl:
+        use_fake_nccl(gpu, monkeypatch)
+    for want in ("auto", "p2p"):
+        a, b = socket.socketpair()
+        source = abilities.abilities(gpu.device, "auto")
+        target = abilities.abilities(far, want)
+        ends_at = time.monotonic() + SECONDS
+        with a, b, ThreadPoolExecutor(1) as threads:
+            other = threads.submit(paths.set_up_target, b, far, target, source, "shm", ends_at)
+            if want == "p2p":
+                with pytest.raises(HelloMismatchError, match=r"p2p was asked for.*other bytes"):
+                    paths.set_up_source(a, gpu.device, source, target, "shm", ends_at)
+                with pytest.raises(HelloMismatchError, match=r"p2p was asked for.*other bytes"):
+                    other.result()
+            else:
+                own = paths.set_up_source(a, gpu.device, source, target, "shm", ends_at)
+                taken = other.result()
+                assert own.path == taken.path == ("nccl" if nccl else "host")
+                assert "reads as other bytes than it holds" in own.why
+                assert "reads as other bytes than it holds" in taken.why
+                for end in (own, taken):
+                    assert end.peer is None
+                    if end.comm is not None:
+                        end.comm.abort()
+                del own, taken, end
+            del other
+
+
 @pytest.mark.parametrize("want", ["p2p"])
 def test_weights_go_beside_their_messages(gpu: Gpu, want: str) -> None:
     numbers = np.random.default_rng(5).integers(0, 1 << 15, 70000).astype(np.int16)
@@ -138,17 +176,21 @@ def second_pages(gpu: Gpu) -> PagePool:
     return PagePool(256 << 20, page_bytes=PAGE, device=_core.CudaDevice(1))
 
 
+def use_fake_nccl(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    path = str(Path(gpu.cuda.path).with_name("libpipelive_fake_nccl.so"))
+    for module in ("paths", "nccl"):
+        monkeypatch.setattr(f"pipelive_kv.transport.{module}.nccl_candidates", lambda: [path])
+    # The fake's two GPUs say the same of themselves.
+    monkeypatch.setattr(
+        abilities, "_no_nccl", lambda *_: "" if nccl_probe().version else "no fake NCCL"
+    )
+    return ctypes.CDLL(path)
+
+
 def test_nccl_between_two_gpus(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     library = None
     if isinstance(gpu, FakeGpu):
-        path = str(Path(gpu.cuda.path).with_name("libpipelive_fake_nccl.so"))
-        for module in ("paths", "nccl"):
-            monkeypatch.setattr(f"pipelive_kv.transport.{module}.nccl_candidates", lambda: [path])
-        # The fake's two GPUs say the same of themselves.
-        monkeypatch.setattr(
-            paths, "_no_nccl", lambda *_: "" if nccl_probe().version else "no fake NCCL"
-        )
-        library = ctypes.CDLL(path)
+        library = use_fake_nccl(gpu, monkeypatch)
     elif nccl_probe().problem:
         pytest.skip(f"no NCCL: {nccl_probe().problem}")
     session(gpu, "nccl", second_pages(gpu))

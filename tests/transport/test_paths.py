@@ -22,8 +22,15 @@ from tests.cuda_fake import FakeCuda
 from pipelive_kv import _core
 from pipelive_kv.errors import ClosedError, DeadlineError, InvalidArgumentError, ProtocolError
 from pipelive_kv.memory import open_device
-from pipelive_kv.transport import DeviceTurn, PatchListener, connect, nccl_probe, paths
-from pipelive_kv.transport.paths import Abilities, choose
+from pipelive_kv.transport import (
+    DeviceTurn,
+    PatchListener,
+    abilities,
+    connect,
+    nccl_probe,
+    paths,
+)
+from pipelive_kv.transport.abilities import Abilities, choose
 
 KEY = b"0123456789abcdef0123456789abcdef"
 SECONDS = 20
@@ -164,7 +171,15 @@ def frame(content):
     return struct.pack(">I", len(body)) + body
 
 
-SHAPE = {"ok": True, "offset": 0, "nbytes": 8192, "piece_bytes": 4096, "pieces": 2}
+SAMPLE = bytes(range(64))
+SHAPE = {
+    "ok": True,
+    "offset": 0,
+    "nbytes": 8192,
+    "piece_bytes": 4096,
+    "pieces": 2,
+    "sample": SAMPLE.hex(),
+}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +195,10 @@ SHAPE = {"ok": True, "offset": 0, "nbytes": 8192, "piece_bytes": 4096, "pieces":
         ({**SHAPE, "pieces": 0, "nbytes": 0}, 1, "0 pieces"),
         ({**SHAPE, "piece_bytes": 100, "nbytes": 200}, 1, "multiple of 256"),
         ({**SHAPE, "offset": 1 << 30}, 1, "beyond the file"),
+        ({**SHAPE, "sample": None}, 1, "no sample"),
+        ({**SHAPE, "sample": "zz" * 64}, 1, "no sample"),
+        ({**SHAPE, "sample": "00" * 63}, 1, "no sample"),
+        (SHAPE, 1, "reads as other bytes"),
         ({"ok": False, "why": "no memory left"}, 0, "no memory left"),
         ({"ok": True}, 1, "no sizes"),
     ],
@@ -216,6 +235,23 @@ def test_what_is_no_frame_is_refused(data):
         host = Abilities("p2p", "cpu", "", True)
         with pytest.raises(ProtocolError, match="frame"):
             paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
+
+
+def test_staging_that_reads_as_its_sample_is_taken():
+    own, peer = socket.socketpair()
+    file = os.memfd_create("staging", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, 8192)
+    for piece in range(2):
+        os.pwrite(file, SAMPLE, 4096 * piece)
+        os.pwrite(file, SAMPLE, 4096 * (piece + 1) - len(SAMPLE))
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    host = Abilities("p2p", "cpu", "", True)
+    with own, peer:
+        socket.send_fds(peer, [frame(SHAPE)], [file])
+        setup = paths.set_up_target(own, open_device("cpu"), host, host, "shm", _soon())
+        assert setup.path == "p2p"
+        assert json.loads(peer.recv(4096)[4:]) == {"ok": True}
+    os.close(file)
 
 
 def test_staging_that_could_be_cut_short_is_refused():
@@ -361,7 +397,7 @@ def two_gpus(fake_nccl, monkeypatch):
     fake_nccl.fake_nccl_set(b"version", 23004)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(paths, "_no_p2p", lambda *_: "a test wants none")
+    monkeypatch.setattr(abilities, "_no_p2p", lambda *_: "a test wants none")
     devices = [cuda.device(0), cuda.device(1)]
     yield devices
     devices.clear()

@@ -44,6 +44,24 @@ PutAside& put_aside() {
   return instance;
 }
 
+void check_sample(std::span<const std::byte> sample, const StagingShape& shape) {
+  if (sample.empty() || sample.size() > shape.piece_bytes / 2) {
+    throw Error(ErrorCode::invalid_argument,
+                "a sample of " + std::to_string(sample.size()) + " bytes, expected 1 to " +
+                    std::to_string(shape.piece_bytes / 2) + ", half a piece");
+  }
+}
+
+/// Where the samples of all pieces lie, from the beginning of the staging.
+std::vector<std::size_t> sample_places(const StagingShape& shape, std::size_t bytes) {
+  std::vector<std::size_t> places;
+  for (std::uint32_t piece = 0; piece < shape.pieces; ++piece) {
+    places.push_back(piece * shape.piece_bytes);
+    places.push_back((piece + 1) * shape.piece_bytes - bytes);
+  }
+  return places;
+}
+
 bool is_done(const std::vector<std::shared_ptr<Event>>& events) {
   try {
     return std::all_of(events.begin(), events.end(),
@@ -135,6 +153,16 @@ ExportedPages Staging::export_memory() const {
   return device_->export_page(shape_.bytes(), page_);
 }
 
+void Staging::put_sample(std::span<const std::byte> sample, Stream stream,
+                         std::shared_ptr<const void> stream_owner, Deadline deadline) {
+  check_sample(sample, shape_);
+  users_.note(stream, std::move(stream_owner));
+  for (const std::size_t place : sample_places(shape_, sample.size())) {
+    device_->copy(address_ + place, sample.data(), sample.size(), stream);
+  }
+  device_->record(stream)->wait(deadline);
+}
+
 PeerStaging::PeerStaging(std::shared_ptr<Device> device, const ExportedPages& exported,
                          StagingShape shape)
     : device_(std::move(device)), shape_(shape) {
@@ -151,6 +179,30 @@ PeerStaging::PeerStaging(std::shared_ptr<Device> device, const ExportedPages& ex
                                          std::to_string(pages_->bytes()) + " bytes, expected " +
                                          std::to_string(shape.bytes()));
   }
+}
+
+bool PeerStaging::has_sample(std::span<const std::byte> sample, Stream stream,
+                             std::shared_ptr<const void> stream_owner, Deadline deadline) const {
+  check_sample(sample, shape_);
+  const std::vector<std::size_t> places = sample_places(shape_, sample.size());
+  const std::size_t bytes = places.size() * sample.size();
+  const Staging near(device_, {(bytes + kAlignment - 1) / kAlignment * kAlignment, 1});
+  near.users().note(stream, stream_owner);
+  users_.note(stream, std::move(stream_owner));
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    device_->copy(near.piece(0) + i * sample.size(), pages_->data() + places[i], sample.size(),
+                  stream);
+  }
+  // With a deadline; the copy to the host below waits as long as it takes.
+  device_->record(stream)->wait(deadline);
+  std::vector<std::byte> found(bytes);
+  device_->copy(found.data(), near.piece(0), bytes, stream);
+  device_->record(stream)->wait(deadline);
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const auto one = std::span(found).subspan(i * sample.size(), sample.size());
+    if (!std::equal(one.begin(), one.end(), sample.begin())) return false;
+  }
+  return true;
 }
 
 PeerStaging::~PeerStaging() {

@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <thread>
+#include <vector>
 
 #include "pipelive/base/error.hpp"
 #include "pipelive/device/fault_device.hpp"
@@ -79,6 +81,38 @@ TEST_F(PeerChannelTest, PiecesStayTheReceiversUntilItReleasesThem) {
     EXPECT_EQ(b->receive(soon())[0], static_cast<std::byte>(expected));
     b->release();
   }
+}
+
+TEST_F(PeerChannelTest, ASampleIsReadWhereItWasPut) {
+  Staging own(left, kShape);
+  const auto peer = test::mapped(right, own);
+  const std::array sample{std::byte{1}, std::byte{2}, std::byte{3}, std::byte{5}};
+  EXPECT_FALSE(peer->has_sample(sample, {}, nullptr, soon()));
+  own.put_sample(sample, {}, nullptr, soon());
+  EXPECT_TRUE(peer->has_sample(sample, {}, nullptr, soon()));
+  for (const std::size_t at : {std::size_t{0}, kPiece + 3, 2 * kPiece - 1, 3 * kPiece - 4}) {
+    std::byte& byte = own.piece(0)[at];
+    byte ^= std::byte{0x80};
+    EXPECT_FALSE(peer->has_sample(sample, {}, nullptr, soon())) << at;
+    byte ^= std::byte{0x80};
+  }
+  EXPECT_TRUE(peer->has_sample(sample, {}, nullptr, soon()));
+}
+
+TEST_F(PeerChannelTest, SamplesOfNoBytesOrTooManyAreRefused) {
+  Staging own(left, kShape);
+  const auto peer = test::mapped(right, own);
+  for (const std::size_t bytes : {std::size_t{0}, kPiece / 2 + 1}) {
+    const std::vector<std::byte> sample(bytes);
+    EXPECT_EQ(error_of([&] { own.put_sample(sample, {}, nullptr, soon()); }).code(),
+              ErrorCode::invalid_argument);
+    EXPECT_EQ(
+        error_of([&] { static_cast<void>(peer->has_sample(sample, {}, nullptr, soon())); }).code(),
+        ErrorCode::invalid_argument);
+  }
+  const std::vector<std::byte> half(kPiece / 2, std::byte{9});
+  own.put_sample(half, {}, nullptr, soon());
+  EXPECT_TRUE(peer->has_sample(half, {}, nullptr, soon()));
 }
 
 TEST_F(PeerChannelTest, CallsOutOfOrderAreRefused) {

@@ -19,6 +19,7 @@ from pipelive_kv.errors import (
     ProtocolError,
 )
 from pipelive_kv.transport import handshake, paths
+from pipelive_kv.transport.abilities import Abilities, abilities, said_beside
 from pipelive_kv.transport.address import Address, boot_id
 from pipelive_kv.transport.channel import Channel
 from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
@@ -50,7 +51,7 @@ def connect(
     handshake.check_key(key)
     ends_at = time.monotonic() + timeout
     where = Address.parse(address)
-    said = _Own(key, dict(hello or {}), device, paths.abilities(device, "auto", again=again))
+    said = _Own(key, dict(hello or {}), device, abilities(device, "auto", again=again))
     if where.kind == "tcp":
         return _connect_tcp(where, said, ends_at, "the address is one for tcp")
     if where.kind == "shm":
@@ -74,7 +75,7 @@ class _Own:
     key: bytes
     hello: Hello
     device: Any
-    abilities: paths.Abilities
+    abilities: Abilities
 
     def handshake(self) -> Handshake:
         return handshake.client(self.key, {**self.hello, **self.abilities.hello()})
@@ -82,7 +83,7 @@ class _Own:
     def set_up(
         self, connected: socket.socket, agreed: Agreed, base: str, ends_at: float
     ) -> paths.Setup:
-        peer = paths.Abilities.of_hello(agreed.hello)
+        peer = Abilities.of_hello(agreed.hello)
         return paths.set_up_source(connected, self.device, self.abilities, peer, base, ends_at)
 
 
@@ -96,7 +97,7 @@ def _connect_tcp(where: Address, own: _Own, ends_at: float, why: str) -> Channel
         base = tcp_channel(connected)
         undo.pop_all()
     return Channel(
-        setup.channel(base), reason=f"{why}; {setup.why}", hello=paths.said_beside(agreed.hello)
+        setup.channel(base), reason=f"{why}; {setup.why}", hello=said_beside(agreed.hello)
     )
 
 
@@ -122,7 +123,7 @@ def _connect_shm(where: Address, own: _Own, ends_at: float, why: str) -> Channel
         undo.pop_all()
         base = _core.shm_channel(detach(connected), fds[0], 1)
     return Channel(
-        setup.channel(base), reason=f"{why}; {setup.why}", hello=paths.said_beside(agreed.hello)
+        setup.channel(base), reason=f"{why}; {setup.why}", hello=said_beside(agreed.hello)
     )
 
 

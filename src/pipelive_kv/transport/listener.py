@@ -22,6 +22,7 @@ from pipelive_kv.errors import (
     ProtocolError,
 )
 from pipelive_kv.transport import handshake, paths
+from pipelive_kv.transport.abilities import Abilities, abilities, said_beside
 from pipelive_kv.transport.address import Address, boot_id
 from pipelive_kv.transport.channel import Channel
 from pipelive_kv.transport.handshake import Agreed, Handshake, Hello, Send
@@ -95,7 +96,7 @@ class PatchListener:
             raise InvalidArgumentError(f"ring_bytes is {ring_bytes}, expected 1 to 2**40")
         self._key = handshake.check_key(key)
         self._device = device
-        self._abilities = paths.abilities(device, kind, host=host)
+        self._abilities = abilities(device, kind, host=host)
         self._hello: Hello = {**(hello or {}), **self._abilities.hello()}
         self._ring_bytes = ring_bytes
         self._max_pending = max_pending
@@ -261,22 +262,19 @@ class PatchListener:
         self._refused = [*self._refused[-15:], reason]
 
     def _finish(self, pending: _Pending, agreed: Agreed) -> Channel:
-        peer = paths.Abilities.of_hello(agreed.hello)
-        patience = self._handshake_timeout
-        if paths.choose(peer, self._abilities, pending.kind)[0] == "nccl":
-            patience += self._nccl_timeout
         pending.socket.setblocking(True)
         setup = paths.set_up_target(
             pending.socket,
             self._device,
             self._abilities,
-            peer,
+            Abilities.of_hello(agreed.hello),
             pending.kind,
-            time.monotonic() + patience,
+            time.monotonic() + self._handshake_timeout,
+            nccl_seconds=self._nccl_timeout,
         )
         base = self._base_channel(pending)
         reason = f"the connecting end came over {pending.kind}; {setup.why}"
-        return Channel(setup.channel(base), reason=reason, hello=paths.said_beside(agreed.hello))
+        return Channel(setup.channel(base), reason=reason, hello=said_beside(agreed.hello))
 
     def _base_channel(self, pending: _Pending) -> Any:
         if pending.kind == "tcp":

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,11 @@ class Staging {
   [[nodiscard]] const StreamUsers& users() const noexcept { return users_; }
   /// For another process; it may map this for as long as it likes.
   [[nodiscard]] ExportedPages export_memory() const;
+  /// Writes `sample` to the beginning and to the end of every piece, in the order of `stream`, and
+  /// waits for that. Throws Error(invalid_argument) for one that is empty or more than half a
+  /// piece, Error(timeout).
+  void put_sample(std::span<const std::byte> sample, Stream stream,
+                  std::shared_ptr<const void> stream_owner, Deadline deadline);
 
  private:
   std::shared_ptr<Device> device_;
@@ -78,11 +84,17 @@ class PeerStaging {
   PeerStaging(const PeerStaging&) = delete;
   PeerStaging& operator=(const PeerStaging&) = delete;
 
+  [[nodiscard]] const std::shared_ptr<Device>& device() const noexcept { return device_; }
   [[nodiscard]] const StagingShape& shape() const noexcept { return shape_; }
   [[nodiscard]] std::byte* piece(std::uint32_t index) const noexcept {
     return pages_->data() + index * shape_.piece_bytes;
   }
   [[nodiscard]] const StreamUsers& users() const noexcept { return users_; }
+  /// Whether `sample` is read where the peer's put_sample has put it, through memory of this end's
+  /// device, as payloads are. There are machines that map another GPU's memory without an error and
+  /// then read other bytes (address translation between PCIe and the devices).
+  [[nodiscard]] bool has_sample(std::span<const std::byte> sample, Stream stream,
+                                std::shared_ptr<const void> stream_owner, Deadline deadline) const;
   /// Whether this end could write into it all the same, as its device has no read-only mappings.
   [[nodiscard]] bool writable() const noexcept { return pages_->writable(); }
 
