@@ -406,6 +406,15 @@ class AdoptedPool:
             num_layers = max(layers, default=0) + 1
         self._spec = spec
         self._num_layers = whole(num_layers, "num_layers", 1, 65536)
+        # torch lends tensors of its current GPU alone, and would only say that it does not lend.
+        devices: dict[tuple[int, int], int] = {}
+        for layer, tensor in layers.items():
+            if cuda_arrays.on_gpu(tensor):
+                kind, index = tensor.__dlpack_device__()
+                devices.setdefault((int(kind), int(index)), layer)
+        if len(devices) > 1:
+            places = ", ".join(f"tensors[{n}] on GPU {index}" for (_, index), n in devices.items())
+            raise InvalidArgumentError(f"tensors lie on several devices, expected one: {places}")
         with cuda_arrays.device_of(next(iter(layers.values()), None)):
             self._core = _core.AdoptedPool(spec.core, self._num_layers, layers)
 

@@ -86,6 +86,26 @@ def test_refuses_tensors_that_do_not_fit(tensor: torch.Tensor, message: str) -> 
         KVPool.adopt(SPEC, {0: tensor})
 
 
+class Elsewhere:
+    """Says that it lies on a GPU, and lends nothing."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.index
+
+    def __dlpack__(self, **_: object) -> object:
+        raise BufferError("not from this device")
+
+
+def test_refuses_tensors_on_two_gpus() -> None:
+    tensors = {0: Elsewhere(0), 1: Elsewhere(0), 3: Elsewhere(1)}
+    message = r"several devices, expected one: tensors\[0\] on GPU 0, tensors\[3\] on GPU 1"
+    with pytest.raises(InvalidArgumentError, match=message):
+        KVPool.adopt(SPEC, tensors)
+
+
 def test_refuses_other_mistakes() -> None:
     with pytest.raises(TypeError, match=r"tensors\[0\] is a list"):
         KVPool.adopt(SPEC, {0: [1, 2]})  # type: ignore[dict-item]
