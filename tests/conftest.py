@@ -56,11 +56,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
     pytest-timeout interrupts Python; nothing interrupts a call of the core that does not return.
     """
-    marker = item.get_closest_marker("timeout")
-    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
-    if item.config.getoption("usepdb"):
+    config = item.config
+    # Where pytest itself is to print stacks there is no second clock for that.
+    if config.getoption("usepdb") or float(config.getini("faulthandler_timeout") or 0) > 0:
         return (yield)
-    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=item.config.stash[_STDERR])
+    marker = item.get_closest_marker("timeout")
+    chosen = marker.args[0] if marker else config.getoption("timeout", None)
+    seconds = float(config.getini("timeout") if chosen is None else chosen)
+    if seconds <= 0:  # no limit is wanted
+        return (yield)
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=config.stash[_STDERR])
     try:
         return (yield)
     finally:
