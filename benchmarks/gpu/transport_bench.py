@@ -169,8 +169,11 @@ def run_source(fd: int, settings: dict[str, Any]) -> None:
     print(json.dumps({"seconds": seconds, "bytes": sent}), flush=True)
 
 
-def patch(settings: dict[str, Any]) -> tuple[float, int]:
-    """Seconds of a round between two processes (the median), and the bytes it carried."""
+def patch(settings: dict[str, Any]) -> tuple[float, int, bool]:
+    """Seconds of a round between two processes (the median), and the bytes it carried.
+
+    Last whether the source's staging could be written here, as not every driver maps read-only.
+    """
     ours, theirs = socket.socketpair()
     child = subprocess.Popen(
         [sys.executable, __file__, "--source", str(theirs.fileno()), json.dumps(settings)],
@@ -195,7 +198,7 @@ def patch(settings: dict[str, Any]) -> tuple[float, int]:
     told = json.loads(child.communicate(timeout=SECONDS)[0])
     channel.close()
     pool.close()
-    return statistics.median(told["seconds"][1:]), told["bytes"]
+    return statistics.median(told["seconds"][1:]), told["bytes"], peer.writable
 
 
 class Report:
@@ -205,6 +208,7 @@ class Report:
         self.device = device
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.staging = ""
 
     def add(self, what: str, seconds: float, nbytes: int, copy: float) -> None:
         """``copy``: the seconds that a plain copy of as many bytes takes."""
@@ -215,7 +219,7 @@ class Report:
             f"{what:52s} {seconds * 1e3:9.3f} ms {rate:8.1f} GB/s {row['ratio']:6.2f}", flush=True
         )
         if self.path is not None:
-            document = {"device": self.device, "rows": self.rows}
+            document = {"device": self.device, "staging": self.staging, "rows": self.rows}
             self.path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -255,9 +259,11 @@ def main() -> None:
                     "rounds": 8,
                     "device": options.device,
                 }
-                seconds, sent = patch(settings)
+                seconds, sent, writable = patch(settings)
+                report.staging = "mapped writable" if writable else "mapped read-only"
                 what = f"P2P, {kind}, pieces of {piece} MiB" + (", checksum" if checksum else "")
                 report.add(what, seconds, sent, copy * sent / nbytes)
+    print(f"the source's staging is {report.staging}", flush=True)
     if options.device != "cpu":
         version, seconds = nccl_alone(64 * MIB)
         what = f"NCCL {version} with itself, 64 MiB"

@@ -6,6 +6,11 @@
 #include "pipelive/base/error.hpp"
 
 namespace pipelive {
+namespace {
+
+constexpr double kDrainSeconds = 10.0;
+
+}  // namespace
 
 std::string_view to_string(DeviceCall call) noexcept {
   constexpr std::array<std::string_view, kDeviceCallCount> names{
@@ -116,7 +121,14 @@ void FaultDevice::fill(std::byte* target, int value, std::size_t bytes, Stream s
 }
 
 std::shared_ptr<Event> FaultDevice::record(Stream stream) {
-  enter(DeviceCall::record);
+  try {
+    enter(DeviceCall::record);
+  } catch (const Error&) {
+    // A device that cannot record has failed and runs nothing any more. Here it runs on, under
+    // memory that the caller takes away then.
+    device_->record(stream)->wait(Deadline::after_seconds(kDrainSeconds));
+    throw;
+  }
   return device_->record(stream);
 }
 

@@ -62,8 +62,14 @@ KVPool::KVPool(const KVSpec& spec, std::shared_ptr<PagePool> pages, const KVPool
 KVPool::~KVPool() {
   try {
     close();
+  } catch (const Error& error) {
+    // The arenas try again, and release their addresses in any case; not under somebody who uses
+    // them still: to lose the memory is better than to have it go under a kernel.
+    if (error.code() == ErrorCode::timeout) {
+      static_cast<void>(new std::vector(std::move(arenas_)));
+    }
   } catch (const std::exception&) {
-    // The arenas try again, and release their addresses in any case.
+    // As above.
   }
 }
 

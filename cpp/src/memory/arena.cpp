@@ -14,6 +14,17 @@ namespace {
 constexpr double kScrubSeconds = 60.0;
 constexpr double kCopySeconds = 60.0;
 
+// After a wait that came to its deadline: what it waited for may still run in the range.
+void wait_once_more(Device& device, const std::exception& error) {
+  const auto* const named = dynamic_cast<const Error*>(&error);
+  if (named == nullptr || named->code() != ErrorCode::timeout) return;
+  try {
+    device.record()->wait(Deadline::after_seconds(kScrubSeconds));
+  } catch (const std::exception&) {
+    // It hangs; nothing that is done about it can be right.
+  }
+}
+
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   if (bytes > std::numeric_limits<std::size_t>::max() - unit) {
     throw Error(ErrorCode::invalid_argument,
@@ -173,8 +184,9 @@ void Arena::map_locked(Range range, PageLease&& pages, bool scrubbed) {
   }
   try {
     if (scrubbed) zero_dirty(range, pages);
-  } catch (...) {
+  } catch (const std::exception& error) {
     pages.mark_dirty();
+    wait_once_more(device, error);
     device.unmap(at(range.first), range.count * page_bytes_);
     close_hole(range);
     throw;

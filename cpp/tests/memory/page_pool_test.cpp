@@ -154,6 +154,7 @@ TEST_P(PagePoolTest, PreparationScrubsPagesKeptForReuse) {
     Arena arena(pool, 4 * page_);
     arena.map(0, 4 * page_);
     fault_->fill(arena.base(), 0x7F, 4 * page_);
+    testing::finish(*fault_);
   }
   EXPECT_EQ(pool->stats().prepared_bytes, 0u);
   pool->prepare(4);
