@@ -72,7 +72,8 @@ run() {
     word="too long"
   elif ((status != 0)); then
     word="failed:$status"
-  elif [[ -n ${proof:-} ]] && ! output | grep -Eq -- "$proof"; then
+  elif [[ -n ${proof:-} ]] && ! output | grep -E -- "$proof" >/dev/null; then
+    # Not grep -q, which ends at the first match: what writes to it then fails, and the pipe with it.
     word="none ran"
     status=1
   fi
@@ -201,16 +202,16 @@ gpu_pytest() {
 # A test that hangs in the driver is ended with its process only, but its stacks are printed before.
 gpu_tests() { # FILE
   local checker=()
-  gpu_pytest -m gpu --durations=5 --timeout=60 -o faulthandler_timeout=50 --maxfail=40 "$1"
+  gpu_pytest -m gpu --durations=5 --timeout=50 --hang-grace=5 --maxfail=40 "$1"
 }
 
-sanitized() { # TOOL FILE
+sanitized() { # TOOL FILE...
   # Kernels of torch's are left out: there are many, and checking them takes most of the time.
   # A message of the sanitizer is an error of the run, whatever the tests say. Calls that fail are
   # none: torch and the engine ask the driver for things that it may refuse.
   local checker=(compute-sanitizer --tool "$1" --error-exitcode 9 --report-api-errors no
     --kernel-name kns=pipelive_ --target-processes all)
-  gpu_pytest -m 'gpu and small' --timeout=55 "$2"
+  gpu_pytest -m 'gpu and small' --timeout=55 "${@:2}"
 }
 
 # The shape of SmolLM2-135M with random weights: the real one is too large to bring along.
@@ -241,10 +242,10 @@ finish() {
   exit $((failures > 0))
 }
 
-if wanted machine; then run machine 60 bash -c machine; fi
+if wanted machine; then run machine 120 bash -c machine; fi
 if wanted build; then
   run packages 60 bash -c packages
-  run imports 60 bash -c imports
+  run imports 120 bash -c imports
   if ! run build 200 bash -c compile; then
     tail -n 40 "$logs"
     finish
@@ -297,10 +298,8 @@ if wanted sanitizer; then
     note sanitizer missing 0 "gVisor: compute-sanitizer finds no device there"
   elif command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      for file in tests/slots/test_gpu_append.py tests/attention/test_attention_gpu.py; do
-        proof='[0-9]+ passed' run "$tool-$(basename "$file" .py)" 60 \
-          bash -c 'sanitized "$@"' bash "$tool" "$file"
-      done
+      proof='[0-9]+ passed' run "$tool" 100 bash -c 'sanitized "$@"' bash "$tool" \
+        tests/slots/test_gpu_append.py tests/attention/test_attention_gpu.py
     done
   else
     note sanitizer missing 0 "no compute-sanitizer"

@@ -33,6 +33,11 @@ settings.register_profile(
 _STDERR = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long after a test's timeout its process is ended."""
+    parser.addoption("--hang-grace", type=float, default=60.0, metavar="SECONDS")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose profile and seed before Hypothesis' own plugin reads them."""
@@ -65,7 +70,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     seconds = float(config.getini("timeout") if chosen is None else chosen)
     if seconds <= 0:  # no limit is wanted
         return (yield)
-    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=config.stash[_STDERR])
+    grace: float = config.getoption("--hang-grace")
+    faulthandler.dump_traceback_later(seconds + grace, exit=True, file=config.stash[_STDERR])
     try:
         return (yield)
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import FakeGpu, Gpu
+from gpu_memory import FakeGpu
 from test_gpu_transports import ALL, BLOCKS, LAYERS, SPEC, connected, views
 
 from pipelive_kv import _core
@@ -20,26 +20,19 @@ from pipelive_kv.kv import KVPool
 from pipelive_kv.migration import PatchSender
 
 
-def fake_of(gpu: Gpu) -> FakeGpu:
-    if not isinstance(gpu, FakeGpu):
-        pytest.skip("only the stand-in can hold a stream back")
-    return gpu
-
-
-def pool_of(gpu: Gpu) -> KVPool:
-    return gpu.pool(SPEC, num_layers=6, layers=LAYERS, max_blocks=BLOCKS, capacity=BLOCKS)
+def pool_of(fake: FakeGpu) -> KVPool:
+    return fake.pool(SPEC, num_layers=6, layers=LAYERS, max_blocks=BLOCKS, capacity=BLOCKS)
 
 
 def copier_of(pool: KVPool) -> Any:
     return _core.SlotCopier(SPEC.core, views(pool))
 
 
-def test_layers_are_not_dropped_under_work_that_a_deadline_left_behind(gpu: Gpu) -> None:
-    fake = fake_of(gpu)
-    with pool_of(gpu) as pool:
+def test_layers_are_not_dropped_under_work_that_a_deadline_left_behind(fake_gpu: FakeGpu) -> None:
+    with pool_of(fake_gpu) as pool:
         data = np.zeros(2 * BLOCKS * 16 * SPEC.slot_bytes, np.uint8)
         copier = copier_of(pool)
-        held = fake.cuda.hold_newest_stream()
+        held = fake_gpu.cuda.hold_newest_stream()
         with pytest.raises(DeadlineError):
             copier.scatter(ALL, data, timeout=0.05)
         del copier
@@ -47,20 +40,19 @@ def test_layers_are_not_dropped_under_work_that_a_deadline_left_behind(gpu: Gpu)
         with ThreadPoolExecutor(1) as threads:
             dropping = threads.submit(pool.drop_layers, [1])
             # It has looked again and again whether the work is done, or it did not wait for it.
-            looks = fake.cuda.count("cuEventQuery") + 100
-            while not dropping.done() and fake.cuda.count("cuEventQuery") < looks:
+            looks = fake_gpu.cuda.count("cuEventQuery") + 100
+            while not dropping.done() and fake_gpu.cuda.count("cuEventQuery") < looks:
                 pass
-            fake.cuda.let_go(held)
+            fake_gpu.cuda.let_go(held)
             dropping.result()
-        assert fake.cuda.mistakes == ""
+        assert fake_gpu.cuda.mistakes == ""
 
 
-def test_a_copier_that_is_not_done_is_not_lent_again(gpu: Gpu) -> None:
-    fake = fake_of(gpu)
-    with pool_of(gpu) as pool:
+def test_a_copier_that_is_not_done_is_not_lent_again(fake_gpu: FakeGpu) -> None:
+    with pool_of(fake_gpu) as pool:
         data = np.zeros(2 * BLOCKS * 16 * SPEC.slot_bytes, np.uint8)
         copier = copier_of(pool)
-        held = fake.cuda.hold_newest_stream()
+        held = fake_gpu.cuda.hold_newest_stream()
         with pytest.raises(DeadlineError):
             copier.scatter(ALL, data, timeout=0.05)
         del copier
@@ -68,22 +60,21 @@ def test_a_copier_that_is_not_done_is_not_lent_again(gpu: Gpu) -> None:
         other = copier_of(pool)
         other.gather(ALL, data, timeout=5.0)
         del other
-        fake.cuda.let_go(held)
+        fake_gpu.cuda.let_go(held)
 
 
-def test_staging_is_not_unmapped_under_work_that_a_deadline_left_behind(gpu: Gpu) -> None:
-    fake = fake_of(gpu)
-    device = gpu.device
-    with pool_of(gpu) as source:
+def test_staging_is_not_unmapped_under_work_that_a_deadline_left_behind(fake_gpu: FakeGpu) -> None:
+    device = fake_gpu.device
+    with pool_of(fake_gpu) as source:
         with connected("p2p", device, device) as (near, far):
             sender = PatchSender(near, SPEC, views(source), epoch=1)
-            held = fake.cuda.hold_newest_stream()
+            held = fake_gpu.cuda.hold_newest_stream()
             with pytest.raises(PipeliveError):
                 sender.send_round(0, 0, ALL, timeout=0.05)
         del sender, near, far
         gc.collect()
-        unmapped = fake.cuda.count("cuMemUnmap")
-        fake.cuda.let_go(held)
-        assert fake.cuda.mistakes == ""
+        unmapped = fake_gpu.cuda.count("cuMemUnmap")
+        fake_gpu.cuda.let_go(held)
+        assert fake_gpu.cuda.mistakes == ""
         _core.Staging(device, 2 << 20, 1)  # whoever makes staging frees what is due
-        assert fake.cuda.count("cuMemUnmap") > unmapped + 1
+        assert fake_gpu.cuda.count("cuMemUnmap") > unmapped + 1
