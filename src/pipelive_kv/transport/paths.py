@@ -296,4 +296,4 @@ def _round(link: Frames, why: str, turn: bool = False) -> tuple[str, bool]:
 def _fall_back(setup: Setup, target: Abilities, why: str) -> Setup:
     if target.want != "auto":
         raise HelloMismatchError(f"{setup.path} was asked for, but could not be set up: {why}")
-    return Setup("host", f"{setup.path} could not be set up: {why}")
+    return Setup("host", f"{setup.path} could not be set up: {why} ({setup.why})")
