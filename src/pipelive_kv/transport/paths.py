@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,18 +257,23 @@ def _first_transfer(setup: Setup, link: Frames, rank: int, until: float) -> str:
     name, _, _ = _core.device_identity(setup.device)
     turn = _core.DeviceTurn(name)
     ends_at = link.ends_at
+    holder = ""  # of the other end's turn, when it was last tried for
     while True:
         why = ""
         if time.monotonic() >= until:
-            why = f"the devices' turns were not free together; here {turn.holder or 'nobody'}"
+            why = (
+                "the devices' turns were not free together; they were held by "
+                f"{turn.holder or 'nobody'} here, by {holder or 'nobody'} at the other end"
+            )
         mine: bool = not why and turn.try_take("NCCL's first transfer")
         try:
             link.ends_at = min(ends_at, time.monotonic() + _TURN_SECONDS)
-            why, theirs = _round(link, why, mine)
+            why, answer = _round(link, why, mine, "" if mine else turn.holder)
             link.ends_at = ends_at
             if why:
                 return why
-            if mine and theirs:
+            holder = str(answer.get("holder", ""))
+            if mine and answer.get("turn") is True:
                 try:
                     seconds = min(TRANSFER_SECONDS, max(0.0, until - time.monotonic()))
                     setup.comm.exchange_staging(
@@ -284,13 +290,15 @@ def _first_transfer(setup: Setup, link: Frames, rank: int, until: float) -> str:
     return why
 
 
-def _round(link: Frames, why: str, turn: bool = False) -> tuple[str, bool]:
-    """Say how it went here; why it cannot go on, and whether the other end has its turn."""
-    link.send({"ok": not why, "why": why[:4000], "turn": turn})
+def _round(
+    link: Frames, why: str, turn: bool = False, holder: str = ""
+) -> tuple[str, Mapping[str, Any]]:
+    """Say how it went here, and who has the turn; why it cannot go on, and what the other says."""
+    link.send({"ok": not why, "why": why[:4000], "turn": turn, "holder": holder[:400]})
     answer = link.receive()
     if not why and not answer.get("ok"):
         why = f"the other end: {answer.get('why')}"
-    return why, answer.get("turn") is True
+    return why, answer
 
 
 def _fall_back(setup: Setup, target: Abilities, why: str) -> Setup:
