@@ -25,11 +25,12 @@ FaultDevice::FaultDevice(std::shared_ptr<Device> device) : device_(std::move(dev
   }
 }
 
-void FaultDevice::fail(DeviceCall call, std::uint64_t nth, std::uint64_t times) {
+void FaultDevice::fail(DeviceCall call, std::uint64_t nth, std::uint64_t times, ErrorCode code) {
   const std::lock_guard lock(mutex_);
   Plan& plan = plans_.at(static_cast<std::size_t>(call));
   plan.first = nth == 0 ? 0 : plan.calls + nth;
   plan.last = nth == 0 ? 0 : plan.first + times - 1;
+  plan.code = code;
 }
 
 void FaultDevice::fail_any(std::uint64_t nth) {
@@ -63,8 +64,9 @@ void FaultDevice::enter(DeviceCall call) {
     return p.first != 0 && p.calls >= p.first && p.calls <= p.last;
   };
   if (hit(plan) || hit(any_)) {
-    throw Error(ErrorCode::device, "injected failure of " + std::string(to_string(call)) +
-                                       ", call number " + std::to_string(plan.calls));
+    throw Error(hit(plan) ? plan.code : ErrorCode::device,
+                "injected failure of " + std::string(to_string(call)) + ", call number " +
+                    std::to_string(plan.calls));
   }
 }
 

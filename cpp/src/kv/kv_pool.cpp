@@ -1,6 +1,8 @@
 #include "pipelive/kv/kv_pool.hpp"
 
 #include <algorithm>
+#include <iterator>
+#include <mutex>
 #include <unordered_set>
 #include <utility>
 
@@ -26,6 +28,16 @@ Geometry make_geometry(const KVSpec& spec, const PagePool& pages, const KVPoolOp
   geometry.extra_pages = options.holes == HolePolicy::scratch ? 1 : 0;
   geometry.validate();
   return geometry;
+}
+
+// What somebody used beyond every deadline when its pool went. To lose the memory is better than to
+// take it away under a kernel, which would end all of the process's work on the device.
+void keep_for_good(std::vector<std::unique_ptr<Arena>>& arenas) {
+  static auto& mutex = *new std::mutex;
+  static auto& kept = *new std::vector<std::unique_ptr<Arena>>;
+  const std::lock_guard lock(mutex);
+  std::move(arenas.begin(), arenas.end(), std::back_inserter(kept));
+  arenas.clear();
 }
 
 }  // namespace
@@ -63,11 +75,8 @@ KVPool::~KVPool() {
   try {
     close();
   } catch (const Error& error) {
-    // The arenas try again, and release their addresses in any case; not under somebody who uses
-    // them still: to lose the memory is better than to have it go under a kernel.
-    if (error.code() == ErrorCode::timeout) {
-      static_cast<void>(new std::vector(std::move(arenas_)));
-    }
+    // The arenas try again, and release their addresses in any case.
+    if (error.code() == ErrorCode::timeout) keep_for_good(arenas_);
   } catch (const std::exception&) {
     // As above.
   }

@@ -390,6 +390,28 @@ TEST_P(KVPoolTest, TakingMemoryAwayWaitsForEvents) {
   pool_->drop_layers(Layers{1}, after);
 }
 
+TEST(KVPoolEndTest, MemoryThatIsUsedBeyondTheDeadlineOutlivesItsPool) {
+  const auto device = std::make_shared<FaultDevice>(std::make_shared<HostDevice>());
+  const std::size_t page = device->info().page_granularity;
+  KVPoolOptions options;
+  options.num_layers = 2;
+  options.layers = {0, 1};
+  options.max_blocks = options.capacity = 8;
+  const KVSpec spec{3, 5, DType::float32, 4, BlockOrder::hnd};
+  const auto pages = PagePool::create(device, {page, 64 * page, 0});
+  for (const bool hangs : {true, false}) {
+    auto pool = KVPool::create(spec, pages, options);
+    int stream = 0;
+    pool->residency().note_stream(Stream{&stream});
+    const std::byte* const address = pool->layer_memory(1).base;
+    if (hangs) device->fail(DeviceCall::record, 1, 1, ErrorCode::timeout);
+    pool.reset();
+    EXPECT_EQ(testing::accessible(address), hangs);
+    // Of the two pools there have been, only the first one's pages are in use.
+    EXPECT_EQ(pages->stats().used_bytes, 2 * page);
+  }
+}
+
 TEST_P(KVPoolTest, AFailureWhoseUndoingFailsMakesThePoolRefuse) {
   open({0, 1}, 30);
   // The second of two layers cannot be unmapped and the first cannot be mapped again.

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <string_view>
 
+#include "pipelive/base/error.hpp"
 #include "pipelive/device/device.hpp"
 
 namespace pipelive {
@@ -32,9 +33,10 @@ class FaultDevice final : public Device {
  public:
   explicit FaultDevice(std::shared_ptr<Device> device);
 
-  /// Makes the `nth` call of that kind from now on (1: the next) throw Error(device), and the
+  /// Makes the `nth` call of that kind from now on (1: the next) throw Error(code), and the
   /// `times - 1` calls of the kind after it as well. 0 disarms the kind.
-  void fail(DeviceCall call, std::uint64_t nth, std::uint64_t times = 1);
+  void fail(DeviceCall call, std::uint64_t nth, std::uint64_t times = 1,
+            ErrorCode code = ErrorCode::device);
   /// Makes the `nth` call from now on, of whatever kind, throw. 0 disarms.
   void fail_any(std::uint64_t nth);
   void disarm();
@@ -74,6 +76,7 @@ class FaultDevice final : public Device {
     std::uint64_t calls = 0;
     std::uint64_t first = 0;  ///< the number of the first call to fail; 0: none
     std::uint64_t last = 0;
+    ErrorCode code = ErrorCode::device;
   };
   void enter(DeviceCall call);
 
