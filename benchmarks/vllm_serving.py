@@ -287,6 +287,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=["stock", "plugin"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.pairs < 1 or arguments.moved < 1:
+        parser.error(
+            f"--pairs is {arguments.pairs}, --moved {arguments.moved}, expected 1 or more of each"
+        )
     if arguments.child:
         asyncio.run(child(arguments))
         return

