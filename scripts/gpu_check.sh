@@ -14,7 +14,7 @@
 # It fits into two calls, since what is built stays:
 #
 #   SECONDS_LEFT=430 scripts/gpu_check.sh machine build cpp tests demo
-#   SECONDS_LEFT=240 OUT=build/gpu_check/later scripts/gpu_check.sh bench sanitizer
+#   SECONDS_LEFT=300 OUT=build/gpu_check/later scripts/gpu_check.sh bench sanitizer
 #
 # A step that hangs is ended at a limit of its own, and sooner where the steps after it would not have
 # the least that they need: so each of them has run for a while when the time is over.
