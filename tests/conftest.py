@@ -34,8 +34,9 @@ _STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long after a test's timeout its process is ended."""
-    parser.addoption("--hang-grace", type=float, default=60.0, metavar="SECONDS")
+    """See pytest_runtest_protocol."""
+    what = "how long after its timeout a test that does not return is ended with its process"
+    parser.addoption("--hang-grace", type=float, default=60.0, metavar="SECONDS", help=what)
 
 
 @pytest.hookimpl(tryfirst=True)

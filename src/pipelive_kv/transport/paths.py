@@ -137,7 +137,7 @@ def _offer_staging(setup: Setup, link: Frames) -> tuple[Setup, str]:
     if answer.get("ok"):
         return setup, ""
     setup.own = None
-    return setup, f"the target cannot map it: {answer.get('why')}"
+    return setup, f"the target cannot use it: {answer.get('why')}"
 
 
 def _take_staging(setup: Setup, link: Frames) -> tuple[Setup, str]:
@@ -164,7 +164,7 @@ def _take_staging(setup: Setup, link: Frames) -> tuple[Setup, str]:
     if failed:
         setup.peer = None
         link.send({"ok": False, "why": failed[:4000]})
-        return setup, f"the target cannot map it: {failed}"
+        return setup, f"the target cannot use it: {failed}"
     link.send({"ok": True})
     if setup.peer.writable:
         setup.why += "; this driver maps the source's staging writable"
