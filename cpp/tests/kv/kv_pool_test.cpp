@@ -5,82 +5,17 @@
 #include <future>
 #include <thread>
 
-#include "device/device_cases.hpp"
 #include "device/fault_tools.hpp"
+#include "kv/kv_pool_fixture.hpp"
 #include "pipelive/kv/layer_view.hpp"
 
 namespace pipelive {
 namespace {
 
-using testing::pattern;
-using testing::read;
-using testing::write;
+using testing::KVPoolFixture;
 using Layers = std::vector<std::uint32_t>;
 using Ids = std::vector<std::uint64_t>;
 using Moves = std::vector<BlockMove>;
-
-class KVPoolFixture : public testing::DeviceFixture {
- protected:
-  void SetUp() override {
-    DeviceFixture::SetUp();
-    if (IsSkipped()) return;
-    // Blocks of 3 heads * 5 dims * 2 * 4 tokens * 4 bytes = 480 bytes for pages of 4 KiB, and in
-    // this proportion for others: they straddle pages.
-    spec_.block_size = static_cast<std::uint32_t>(4 * (page_ / 4096));
-    pages_ = PagePool::create(fault_, {page_, 200 * page_, 0});
-  }
-  void TearDown() override {
-    if (fault_ != nullptr) fault_->disarm();
-    pool_.reset();
-    if (pages_ != nullptr) {
-      EXPECT_EQ(pages_->stats().used_bytes, 0u);
-    }
-    pages_.reset();
-    DeviceFixture::TearDown();
-  }
-
-  void open(const Layers& layers, std::uint64_t capacity, std::uint32_t stack = 1,
-            HolePolicy holes = HolePolicy::fault) {
-    KVPoolOptions options;
-    options.num_layers = 7;
-    options.layers = layers;
-    options.max_blocks = 100;
-    options.capacity = capacity;
-    options.stack = stack;
-    options.holes = holes;
-    pool_ = KVPool::create(spec_, pages_, options);
-  }
-
-  [[nodiscard]] std::byte* at(std::uint32_t layer, std::uint64_t block) const {
-    const LayerMemory memory = pool_->layer_memory(layer);
-    return memory.base + block * memory.block_stride;
-  }
-  [[nodiscard]] std::size_t block_bytes() const { return spec_.block_bytes(); }
-  [[nodiscard]] std::vector<std::byte> value(std::uint32_t layer, std::uint64_t block) const {
-    return pattern(block_bytes(), static_cast<unsigned>(layer * 1000 + block));
-  }
-  void put(std::uint64_t block) {
-    for (const std::uint32_t layer : pool_->layers()) {
-      write(*device_, at(layer, block), value(layer, block));
-    }
-  }
-  /// Block `block` holds what was put into `original`, in every layer.
-  [[nodiscard]] bool holds(std::uint64_t block, std::uint64_t original) const {
-    for (const std::uint32_t layer : pool_->layers()) {
-      if (read(*device_, at(layer, block), block_bytes()) != value(layer, original)) {
-        return false;
-      }
-    }
-    return true;
-  }
-  [[nodiscard]] bool is_zero(std::uint32_t layer, std::uint64_t block) const {
-    return read(*device_, at(layer, block), block_bytes()) == std::vector<std::byte>(block_bytes());
-  }
-
-  KVSpec spec_{3, 5, DType::float32, 4, BlockOrder::hnd};
-  std::shared_ptr<PagePool> pages_;
-  std::shared_ptr<KVPool> pool_;
-};
 
 class KVPoolTest : public KVPoolFixture, public ::testing::WithParamInterface<testing::DeviceCase> {
  protected:
@@ -425,158 +360,6 @@ TEST_P(KVPoolTest, AFailureWhoseUndoingFailsMakesThePoolRefuse) {
   pool_->close();
   EXPECT_EQ(pages_->stats().used_bytes, 0u);
 }
-
-// What any failing device call leaves behind: everything as it was.
-using FaultCase = std::tuple<testing::DeviceCase, HolePolicy>;
-
-class KVPoolFaultTest : public KVPoolFixture, public ::testing::WithParamInterface<FaultCase> {
- protected:
-  [[nodiscard]] const testing::DeviceCase& device_case() const override {
-    return std::get<0>(GetParam());
-  }
-  [[nodiscard]] HolePolicy holes() const { return std::get<1>(GetParam()); }
-  void SetUp() override {
-    KVPoolFixture::SetUp();
-    if (IsSkipped()) return;
-    open({0, 1, 4, 5}, 30, 2, holes());
-    for (const std::uint64_t block : {0, 1, 8, 29}) put(block);
-    before_ = device_->usage();
-    used_ = pages_->stats().used_bytes;
-  }
-  void check() {
-    EXPECT_EQ(pool_->capacity(), 30u);
-    EXPECT_EQ(pool_->layers(), (Layers{0, 1, 4, 5}));
-    EXPECT_EQ(pages_->stats().used_bytes, used_);
-    EXPECT_EQ(device_->usage().mapped_bytes, before_.mapped_bytes);
-    EXPECT_EQ(device_->usage().reserved_bytes, before_.reserved_bytes);
-    EXPECT_EQ(device_->usage().page_bytes, pages_->stats().held_bytes);
-    for (const std::uint64_t block : {0, 1, 8, 29}) EXPECT_TRUE(holds(block, block));
-    pool_->residency().check_range(4, 0, 30);
-    EXPECT_CODE(not_resident, pool_->residency().check_range(4, 0, 31));
-    EXPECT_CODE(not_resident, pool_->residency().check_range(2, 0, 1));
-  }
-  // So that pages must be created and used ones scrubbed.
-  void mix_pages() {
-    pages_->trim();
-    PageLease dirty = pages_->take(3);
-    dirty.mark_dirty();
-  }
-
-  DeviceUsage before_;
-  std::uint64_t used_ = 0;
-};
-
-TEST_P(KVPoolFaultTest, Grow) {
-  auto failures = testing::fail_each_call(
-      *fault_,
-      [&] {
-        mix_pages();
-        pool_->grow(95);
-      },
-      [&] { pool_->shrink(30, Ids{0, 1, 8, 29}, {}); }, [&] { check(); });
-  EXPECT_EQ(failures[DeviceCall::map], 2u);
-  EXPECT_GE(failures[DeviceCall::fill], 3u);
-  EXPECT_EQ(failures[DeviceCall::unmap], holes() == HolePolicy::scratch ? 2u : 0u);
-}
-
-TEST_P(KVPoolFaultTest, Shrink) {
-  auto failures = testing::fail_each_call(
-      *fault_, [&] { pool_->shrink(9, Ids{0, 1, 8, 29}, Moves{{29, 3}}); },
-      [&] {
-        pool_->grow(30);
-        pool_->move_blocks(Moves{{3, 29}});
-      },
-      [&] { check(); });
-  EXPECT_EQ(failures[DeviceCall::copy], 2u);
-  EXPECT_EQ(failures[DeviceCall::unmap], 2u);
-  EXPECT_EQ(failures[DeviceCall::map_repeated], holes() == HolePolicy::scratch ? 2u : 0u);
-  check();
-}
-
-TEST_P(KVPoolFaultTest, Reclaim) {
-  // Until it succeeds the pages are there, and nothing but the capacity has changed.
-  auto failures = testing::fail_each_call(
-      *fault_,
-      [&] {
-        if (pool_->capacity() == 30) pool_->lower(9, Ids{0, 1, 8}, {});
-        pool_->reclaim();
-      },
-      [&] {
-        EXPECT_LT(pages_->stats().used_bytes, used_);
-        pool_->grow(30);
-      },
-      [&] {
-        EXPECT_EQ(pool_->capacity(), 9u);
-        EXPECT_EQ(pages_->stats().used_bytes, used_);
-        EXPECT_EQ(device_->usage().mapped_bytes, before_.mapped_bytes);
-        for (const std::uint64_t block : {0, 1, 8}) EXPECT_TRUE(holds(block, block));
-      });
-  EXPECT_EQ(failures[DeviceCall::unmap], 2u);
-}
-
-TEST_P(KVPoolFaultTest, AddLayers) {
-  auto failures = testing::fail_each_call(
-      *fault_,
-      [&] {
-        mix_pages();
-        pool_->add_layers(Layers{2, 3, 6});
-      },
-      [&] { pool_->drop_layers(Layers{2, 3, 6}); }, [&] { check(); });
-  EXPECT_EQ(failures[DeviceCall::map], 2u);
-  EXPECT_GE(failures[DeviceCall::create_pages], 1u);
-}
-
-TEST_P(KVPoolFaultTest, DropLayers) {
-  const auto restore = [&] {
-    pool_->add_layers(Layers{0, 1, 4, 5});
-    for (const std::uint64_t block : {0, 1, 8, 29}) put(block);
-  };
-  auto failures = testing::fail_each_call(
-      *fault_, [&] { pool_->drop_layers(Layers{0, 1, 4, 5}); }, restore, [&] { check(); });
-  EXPECT_EQ(failures[DeviceCall::unmap], 2u);
-}
-
-TEST_P(KVPoolFaultTest, MoveBlocks) {
-  auto failures = testing::fail_each_call(
-      *fault_, [&] { pool_->move_blocks(Moves{{1, 12}, {8, 20}}); }, [] {}, [&] { check(); });
-  EXPECT_EQ(failures[DeviceCall::copy], 4u);
-  // Once for each stream that must be done before, once for the copies.
-  const std::size_t streams = device_->implicit_streams().size();
-  EXPECT_EQ(failures[DeviceCall::record], 1u + streams);
-  EXPECT_EQ(failures[DeviceCall::order_after], streams);
-}
-
-TEST_P(KVPoolFaultTest, Create) {
-  std::shared_ptr<KVPool> other;
-  KVPoolOptions options;
-  options.num_layers = 4;
-  options.layers = {0, 1};
-  options.max_blocks = 40;
-  options.capacity = 20;
-  options.holes = holes();
-  const auto check_gone = [&] {
-    EXPECT_EQ(other, nullptr);
-    check();
-  };
-  auto failures = testing::fail_each_call(
-      *fault_,
-      [&] {
-        mix_pages();
-        other = KVPool::create(spec_, pages_, options);
-      },
-      [&] { other.reset(); }, check_gone);
-  EXPECT_EQ(failures[DeviceCall::reserve], 4u);
-  EXPECT_EQ(failures[DeviceCall::map], 2u);
-}
-
-INSTANTIATE_TEST_SUITE_P(Holes, KVPoolFaultTest,
-                         ::testing::Combine(::testing::ValuesIn(testing::device_cases()),
-                                            ::testing::Values(HolePolicy::fault,
-                                                              HolePolicy::scratch)),
-                         [](const auto& suite) {
-                           const bool fault = std::get<1>(suite.param) == HolePolicy::fault;
-                           return std::get<0>(suite.param).name + (fault ? "_fault" : "_scratch");
-                         });
 
 }  // namespace
 }  // namespace pipelive
